@@ -106,6 +106,7 @@ class TrainConfig:
     eval_tokens: int = option(16384, "Validation tokens of each language.")
     save_every: int = option(1000, "Steps between checkpoints.")
     compile: bool = option(False, "torch.compile the step: no Python between kernels.")
+    cuda_graphs: bool = option(False, "With --compile, replay the step as CUDA graphs: no launches left to wait for.")
     checkpoint_activations: bool = option(False, "Keep only each layer's input and compute the rest again: less memory, a third more work.")
     profile: bool = option(False, "Profile steps 5 to 7: OUT/trace.json and the ten dearest operations.")
     tensorboard: bool = option(False, "Also write event files into the run folder, if tensorboard is installed.")
@@ -128,7 +129,7 @@ class TrainConfig:
 # Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
 DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",
-                 "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
+                 "cuda_graphs", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
 
 # What `python train.py` does when no --data is given: two minutes on two CPU cores.
 ATLAS_RECIPE = dict(preset="tiny", steps=300, tokens_per_batch=4096, micro_batch_tokens=4096, max_length=64, optimizer="muon",
@@ -381,9 +382,11 @@ class Run:
         """One global batch. Returns its measurements; the model is unchanged if the loss was not finite."""
         config, world, n_languages = self.config, self.world, len(self.corpus.languages)
         factor = schedule(self.step, config)
-        # A discriminator that is no better than the prior has nothing more to hide from: the encoder waits until it has
-        # caught up. Without this the two chase each other and the reversed loss grows without end.
-        strength = adversary_strength(self.step, config) if self.adv_loss < self.prior_entropy else 0.0
+        # A discriminator that is no better than the prior has nothing more to hide from: the encoder slows down and waits
+        # until it has caught up. Without this the two chase each other and the reversed loss grows without end.
+        strength = adversary_strength(self.step, config)
+        if self.prior_entropy:
+            strength *= LanguageDiscriminator.pressure(torch.tensor(self.adv_loss / self.prior_entropy)).item()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 # The discriminator must keep up to the end; with its own rate decayed the encoder ran away from it.
@@ -393,6 +396,8 @@ class Run:
         shared = world.sum(torch.from_numpy(shared).float().to(self.device))
         counts, strength = shared[:3], torch.tensor(strength, device=self.device)
         sums = torch.zeros(len(Objective.PARTS), device=self.device)
+        if config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step are not looked at any more
         for i, batch in enumerate(batches):
             if config.dropout:
                 torch.manual_seed(hash((config.seed, self.step, world.rank, i)) & 0x7FFFFFFF)
@@ -448,7 +453,10 @@ class Run:
     def train(self) -> dict:
         """Train from self.step to the end; returns the last step's measurements."""
         config, world = self.config, self.world
-        module = torch.compile(self.objective, fullgraph=True, dynamic=False) if config.compile else self.objective
+        module = self.objective
+        if config.compile:
+            # A batch's shapes never change, so that the step can be replayed as it was recorded.
+            module = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         if world.size > 1:
             module = nn.parallel.DistributedDataParallel(
                 module, device_ids=[world.local_rank] if self.device.type == "cuda" else None,
@@ -671,6 +679,8 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
         settings["dtype"] = "bfloat16" if fast else "float32"
     config = TrainConfig(**{f.name: settings[f.name] for f in dataclasses.fields(TrainConfig)} |
                          {"device": "cuda" if cuda else "cpu"})
+    if config.cuda_graphs and not (cuda and config.compile):
+        raise UserError("--cuda-graphs needs a CUDA device and --compile")
     if not cuda:
         keep_freed_memory()
     world = World.join(config.device)

@@ -304,19 +304,25 @@ class LanguageDiscriminator(nn.Module):
         features = F.layer_norm(features, (self.hidden_size,))
         return self.outer(F.gelu(self.inner(features))).float()
 
+    @staticmethod
+    def pressure(ignorance: Tensor) -> Tensor:
+        """1 up to half of the prior's loss, then down in a line to 0. (A step instead would turn the last bit of a sum
+        into a token more or less, and two runs that differ in rounding alone would part.)"""
+        return (2 - 2 * ignorance).clamp(0, 1)
+
     def adversarial_loss(self, features: Tensor, languages: Tensor, strength: float | Tensor,
                          prior: Tensor) -> tuple[Tensor, Tensor]:
         """features [N, H], languages [N] (IGNORE = none), prior [n_languages] -> (cross-entropy [N], correct [N] bool).
 
-        The discriminator learns from the plain cross-entropy. The features receive -strength times its gradient,
-        and only where the loss lies below -log prior[language]: a discriminator that knows nothing but the prior
-        has that loss, and on average it is the prior's entropy. Beyond that bound there is nothing left to hide,
-        and an unbounded reversed loss would only blow up the encoder.
+        The discriminator learns from the plain cross-entropy. The features receive -strength times its gradient, less
+        and less where the loss nears -log prior[language], and nothing beyond (`pressure`): a discriminator that knows
+        nothing but the prior has that loss. There nothing is left to hide, and an unbounded reversed loss would only
+        blow up the encoder.
         """
         bound = -prior.clamp_min(1e-9).log()[languages.clamp_min(0)]
         with torch.no_grad():
             loss = F.cross_entropy(self(features), languages, ignore_index=IGNORE, reduction="none")
-        scale = strength * (loss < bound).to(features.dtype)[:, None]
+        scale = strength * self.pressure(loss / bound).to(features.dtype)[:, None]
         logits = self(GradientReversal.apply(features, scale))
         loss = F.cross_entropy(logits, languages, ignore_index=IGNORE, reduction="none")
         return loss, (logits.argmax(-1) == languages) & (languages != IGNORE)

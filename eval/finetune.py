@@ -34,6 +34,7 @@ WARMUP = 0.1              # of the steps; then the learning rate falls linearly 
 DROPOUT = 0.1
 CHECKS = 8                # looks at the dev score in a run
 PATIENCE = 4              # looks without a better one before a run ends
+TESTING = 0.3             # of a budget at most, for scoring the test splits
 
 
 # ---- sequences ----------------------------------------------------------------------------------------------
@@ -353,19 +354,20 @@ def plan(wanted, seconds, step, look, test, workers=1):
     """Cut the wanted Plan to `seconds` -> Plan. workers: runs at the same time.
 
     step: seconds of one training step; look: of one look at the dev score; test: of scoring everything once.
-    In this order: fewer steps, down to half; one learning rate, the middle one; fewer seeds; fewer steps
-    still. Before all that, the test splits shrink until scoring them takes at most 40% of the time with one seed.
+    In this order: fewer steps, down to half; one learning rate, the last; fewer steps, down to a quarter; fewer seeds;
+    fewer steps still. Before all that, the test splits shrink until scoring them with all seeds takes at most
+    TESTING of the time.
     """
     if seconds == float("inf"):
         return wanted
     seconds = max(1.0, 0.85 * seconds)                   # other work on the machine
-    share = min(1.0, 0.4 * seconds / test)
-    options = [(wanted.rates, wanted.seeds)]
-    options += [((wanted.rates[len(wanted.rates) // 2],), n) for n in range(wanted.seeds, 0, -1)]
-    for rates, seeds in options:
+    share = min(1.0, TESTING * seconds / (wanted.seeds * test))
+    options = [(wanted.rates, wanted.seeds, 2)]
+    options += [(wanted.rates[-1:], n, 4) for n in range(wanted.seeds, 0, -1)]
+    for rates, seeds, part in options:
         waves = -(-len(rates) // workers) + -(-(seeds - 1) // workers)
         steps = int(((seconds - seeds * share * test) / waves - CHECKS * look) / step)
-        if steps >= wanted.steps / 2:
+        if steps >= wanted.steps / part:
             break
     return Plan(max(1, min(steps, wanted.steps)), rates, seeds, share)
 

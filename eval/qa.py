@@ -198,7 +198,11 @@ class Spans(finetune.Task):
         return self.contexts[text]
 
     def items(self, questions, learn=False):
-        """One item a window; rows: <s>, then the window's pieces; targets: the rows of start and end, 0 for none."""
+        """One item a window; rows: <s>, then the window's pieces; targets: the rows of start and end, 0 for none.
+
+        In training, of a question's windows without its answer only one is kept, another one for each question: in a
+        long article nearly all windows teach the same, to point at <s>, and would take nearly all of the time.
+        """
         items = []
         for i, question in enumerate(questions):
             ids, spans = self.context(question.context)
@@ -208,7 +212,11 @@ class Spans(finetune.Task):
             if answer is None and learn:
                 continue
             first, last = pieces_of(spans, answer.start, answer.start + len(answer.text)) if answer else (0, 0)
-            for start, end in windows(len(ids), width, min(STRIDE, max(1, width // 2))):
+            ranges = windows(len(ids), width, min(STRIDE, max(1, width // 2)))
+            if learn:
+                without = [r for r in ranges if not (r[0] <= first and last < r[1])]
+                ranges = [r for r in ranges if r not in without or r == without[i % len(without)]]
+            for start, end in ranges:
                 offset = len(asked) + 2
                 inside = start <= first and last < end
                 items.append(Window(

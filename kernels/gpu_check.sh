@@ -9,6 +9,7 @@
 #   tune_attention, tune_losses      other launch configurations against the pinned ones; prints the lines to paste
 #   bench_attention, bench_losses    against every peer that is installed
 #   step               the training step of small and base against padded BERT, the dearest operators, ncu where there is one
+#   compiled           60 steps of train.py as it is, with --compile, and with --compile --cuda-graphs: tokens/s of each
 #   train              8 minutes of training on a prepared data folder (DATA; else the atlas), with TEACHER if it is set
 #
 # From the environment: OUT, the folder of the results (runs/gpu); LIMIT, seconds a call (580); PYTHON (python3);
@@ -56,6 +57,17 @@ PY
     fi
 }
 
+compiled() {
+    local how
+    for how in "" "--compile" "--compile --cuda-graphs"; do
+        echo "train.py ${how:-as it is}:"
+        rm -rf "$RUN/compiled"
+        # shellcheck disable=SC2086
+        "$PYTHON" train.py --preset "$PRESET" --device cuda --nproc 1 --steps 60 --log-every 20 --eval-tokens 1024 --teacher-steps 0 \
+            ${DATA:+--data "$DATA"} ${TEACHER:+--teacher "$TEACHER"} --out "$RUN/compiled" $how || return 1
+    done
+}
+
 train() {
     local common=(--preset "$PRESET" --device cuda --nproc 1 --log-every 20 ${DATA:+--data "$DATA"} ${TEACHER:+--teacher "$TEACHER"})
     local speed="$RUN/speed" steps
@@ -79,7 +91,7 @@ PY
     cp "$RUN/model/metrics.jsonl" "$OUT/train-metrics.jsonl"
 }
 
-all=(correct tune_attention tune_losses bench_attention bench_losses step train)
+all=(correct tune_attention tune_losses bench_attention bench_losses step compiled train)
 parts=("$@")
 for part in "${parts[@]}"; do
     [[ " ${all[*]} " == *" $part "* ]] || { echo "no part $part; there are ${all[*]}" >&2; exit 2; }

@@ -252,9 +252,14 @@ def test_span_decoding_finds_exact_offsets(tokenizer):
         context = "  ".join(chosen)
         questions.append(qa.Question(str(n), 0, context, "What is it?", (qa.Answer(answer, start),)))
     task = qa.Spans(tokenizer, 64)
-    items = task.items(questions, learn=True)
-    assert len(items) > len(questions) and max(len(item.ids) for item in items) <= 64
-    assert {item.example for item in items if item.targets != (0, 0)} == set(range(40))
+    items, learnt = task.items(questions), task.items(questions, learn=True)
+    assert len(items) > len(learnt) > len(questions) and max(len(item.ids) for item in items) <= 64
+    for given in (items, learnt):
+        assert {item.example for item in given if item.targets != (0, 0)} == set(range(40))
+    # To learn from: every window with the answer, and at most one without.
+    assert sum(i.targets != (0, 0) for i in items) == sum(i.targets != (0, 0) for i in learnt)
+    without = [item.example for item in learnt if item.targets == (0, 0)]
+    assert len(without) == len(set(without)) > 0
     outputs = []
     for item in items:
         logits = np.array([[rng.gauss(0, 1), rng.gauss(0, 1)] for _ in item.rows])
@@ -346,7 +351,11 @@ def test_plan_cuts_in_the_order_it_says():
         assert spent <= seconds or plan.steps == 1, (seconds, plan, spent)
     assert finetune.plan(wanted, 1600, 1.0, 2.0, 20.0) == finetune.Plan(
         int(((0.85 * 1600 - 60) / 5 - 16)), wanted.rates, 3)
-    assert finetune.plan(wanted, 10, 1.0, 2.0, 20.0).share == pytest.approx(0.4 * 8.5 / 20)
+    assert finetune.plan(wanted, 10, 1.0, 2.0, 20.0).share == pytest.approx(finetune.TESTING * 8.5 / 60)
+    # One rate, the last, and all seeds as long as a quarter of the steps is left; then fewer seeds.
+    some, few = (finetune.plan(wanted, seconds, 1.0, 2.0, 20.0) for seconds in (800, 400))
+    assert some.rates == few.rates == (1e-3,) and (some.seeds, few.seeds) == (3, 2)
+    assert min(some.steps, few.steps) >= 100
 
 
 def test_training_data_are_found_or_made():

@@ -144,6 +144,22 @@ def test_reversed_loss_is_capped_at_the_prior():
     assert discriminator.outer.bias.grad[1] < -0.5  # pulled towards language 1 by the capped row
 
 
+def test_the_reversed_gradient_fades_in_a_line_towards_the_prior():
+    """Full up to half of -log prior, nothing at it: no jump that a rounding could decide."""
+    torch.manual_seed(0)
+    discriminator, features = LanguageDiscriminator(8, 2), torch.randn(1, 8)
+    loss = F.cross_entropy(discriminator(features), torch.tensor([0])).item()
+
+    def gradient(share):                                  # of the prior's loss that the discriminator's loss is
+        x = features.clone().requires_grad_()
+        prior = torch.tensor([math.exp(-loss / share), 0.5])
+        discriminator.adversarial_loss(x, torch.tensor([0]), 1.0, prior)[0].sum().backward()
+        return x.grad
+    torch.testing.assert_close(gradient(0.75), 0.5 * gradient(0.3), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(gradient(0.5 + 1e-5), gradient(0.5 - 1e-5), rtol=1e-4, atol=1e-9)
+    assert gradient(0.999).norm() < 0.01 * gradient(0.3).norm() and gradient(1.01).norm() == 0
+
+
 def test_reversal_under_double_use_and_zero():
     x = torch.ones(3, 2, requires_grad=True)
     (GradientReversal.apply(x, torch.zeros(())) * 2 + x).sum().backward()

@@ -330,6 +330,7 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
         (("--data", corpus.folder, "--out", tmp_path / "d", "--teacher", tmp_path), "not a model folder"),
         (("--data", corpus.folder, "--out", tmp_path / "e", "--teacher", out / "final", "--max-length", "64"), "at most 32"),
         (("--data", corpus.folder, "--out", tmp_path / "f", "--mlm-weight", "0", "--kd-weight", "0"), "nothing to learn"),
+        (("--data", corpus.folder, "--out", tmp_path / "g", "--cuda-graphs", "--device", "cpu"), "needs a CUDA device and --compile"),
     ]
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
     for arguments, wanted in cases:
