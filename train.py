@@ -132,8 +132,8 @@ RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eva
                  "cuda_graphs", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
 
 # What `python train.py` does when no --data is given: two minutes on two CPU cores.
-ATLAS_RECIPE = dict(preset="tiny", steps=300, tokens_per_batch=4096, micro_batch_tokens=4096, max_length=64, optimizer="muon",
-                    lr=1e-2, adv_weight=0.05, teacher_preset="tiny", teacher_steps=400, log_every=50, eval_every=10 ** 9,
+ATLAS_RECIPE = dict(preset="tiny", steps=300, tokens_per_batch=4096, micro_batch_tokens=2048, max_length=64, optimizer="muon",
+                    lr=1e-2, adv_weight=0.1, teacher_preset="tiny", teacher_steps=400, log_every=50, eval_every=10 ** 9,
                     save_every=100, eval_tokens=4096, mask_rate=0.3)
 ATLAS_VOCABULARY = 8000
 # 15 of its 39 languages, in eight scripts: so few minutes are enough to read them five times, but not to read all.
