@@ -36,7 +36,7 @@ from wiki.curate import LanguageClassifier, near_duplicates
 from records import Output, digest, finish, finished, sync_folder, write
 from sources import EXCERPT, SAMPLES, Reading, clean, clean_part, is_text, list_parts, part_size
 # Training, evaluation and tests import these from here: data.py is the one door to the data.
-from batches import (FIRST_PIECE, IGNORE, MASK, BatchConfig, PackedBatch, Prefetcher, pack_sequences,  # noqa: F401
+from batches import (FIRST_PIECE, IGNORE, MASK, MIN_SEQUENCE, BatchConfig, PackedBatch, Prefetcher, pack_sequences,  # noqa: F401
                      packed_batch, slot_probabilities, validation_batches)
 from sources import INVISIBLE, list_sources, read_documents  # noqa: F401
 

@@ -69,6 +69,10 @@ def plan(model: UniBERTConfig, teacher: UniBERTConfig | None, *, gpus: int, gpu:
     """The table, as text."""
     if gpu not in PEAK_FLOPS:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(PEAK_FLOPS)}")
+    if not 0 < tokens < float("inf"):
+        raise ValueError(f"--tokens is {tokens:g}; it must be above 0")
+    if tokens_per_batch < gpus:
+        raise ValueError(f"--tokens-per-batch {tokens_per_batch:,} leaves some of --gpus {gpus} without a token")
     embedding, rest = parameters(model)
     flops = flops_per_token(model, mask_rate, model.max_length / 2, teacher, discriminator)
     per_token = sum(flops.values())

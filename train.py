@@ -23,7 +23,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 # OpenMP threads that wait may spin shortly, then sleep. On idle cores nothing changes; where cores are shared, spinning
@@ -37,12 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import Checkpoints
-from data import (IGNORE, BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
+from data import (IGNORE, MIN_SEQUENCE, BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
                   sampling_probabilities, slot_probabilities)
 from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread
-from hub.vocabulary import load_vocabulary
 from events import Events, summary_writer
+from inference import load as load_with_tokenizer
 from launch import UserError, World, end_of_rank, keep_freed_memory, launch, leave_group
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import (LanguageDiscriminator, UniBERT, UniBERTConfig, hidden_distillation, load_model, mean_pool,
@@ -100,7 +100,7 @@ class TrainConfig:
     dtype: str = option("auto", "Of matrix products; auto: bfloat16 where the device is fast at it.",
                         ("auto", "float32", "bfloat16"))
     # how it runs: nothing from here on changes what is learnt
-    device: str = option("auto", "", ("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: CUDA where there is any.", ("auto", "cpu", "cuda"))
     log_every: int = option(50, "Steps between lines of the log.")
     eval_every: int = option(1000, "Steps between validations.")
     eval_tokens: int = option(16384, "Validation tokens of each language.")
@@ -116,14 +116,20 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "tokens_per_batch", "micro_batch_tokens", "lr", "adv_lr", "kd_temperature", "clip",
                      "kd_similarity_temperature", "max_epochs", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
-        for name in ("mlm_weight", "adv_weight", "alpha", *DISTILLATION):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
+        for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every", *DISTILLATION):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         for name in ("mask_rate", "dropout", "warmup", "decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"--seed is {self.seed}; it must be at least 0 and below 2^63")
+        if self.max_length < MIN_SEQUENCE or self.max_length > 1024 and self.max_length % MIN_SEQUENCE:
+            raise ValueError(f"--max-length is {self.max_length}; it must be at least {MIN_SEQUENCE}, and above 1024 a multiple of that")
+        if not all(part.strip().isdigit() for part in self.init_from_teacher.split(",") if self.init_from_teacher):
+            raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
 
 
 # Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
@@ -157,6 +163,11 @@ class Objective(nn.Module):
         object.__setattr__(self, "teacher", teacher)
         hidden = model.config.hidden_size
         self.adv_layer = config.adv_layer or (model.config.num_layers + 1) // 2
+        if self.adv_layer > model.config.num_layers:
+            raise ValueError(f"--adv-layer is {self.adv_layer}; the model has {model.config.num_layers} layers")
+        if teacher is not None and config.kd_relation_weight and hidden % teacher.config.num_heads:
+            raise ValueError(f"--kd-relation-weight cuts the student's {hidden} dimensions into as many heads as the teacher has, "
+                             f"and {hidden} is no multiple of {teacher.config.num_heads}; choose another --preset, or another weight")
         self.register_buffer("prior", prior.float(), persistent=False)
         self.discriminator = LanguageDiscriminator(hidden, len(prior)) if config.adv_weight else None
         self.projection = None
@@ -553,12 +564,20 @@ class Run:
         """Take up the newest whole checkpoint, if there is one. Every rank reads it itself."""
         found = self.checkpoints.load_newest()
         if found is not None:
-            _, state = found
-            self.objective.load_state_dict(state["objective"])
-            for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
-            self.step, self.tokens_seen, self.skipped = state["step"], state["tokens_seen"], state["skipped"]
-            self.adv_loss = state["adv_loss"]
+            path, state = self.checkpoints.path(found[0]), found[1]
+            try:
+                self.objective.load_state_dict(state["objective"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+                    optimizer.load_state_dict(saved)
+                self.step, self.tokens_seen, self.skipped = state["step"], state["tokens_seen"], state["skipped"]
+                self.adv_loss = state["adv_loss"]
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                why = f"it lacks {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[-1].strip()
+                raise UserError(f"{path} is not of this run ({why}): an earlier version of train.py made it, or other options. "
+                                f"Start a new run with another --out") from None
+            if self.step > self.config.steps:
+                raise UserError(f"{path} is beyond the {self.config.steps} steps that were asked for; go on with --extend and "
+                                f"--steps above {self.step}, or start a new run with another --out")
             self.world.say(f"resumed {self.out} at step {self.step}")
         if self.world.rank == 0:  # killed before its first checkpoint, a run may have logged steps all the same
             self.rewind_metrics()
@@ -623,12 +642,12 @@ def atlas_corpus(folder: pathlib.Path) -> None:
 def check_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[UniBERT, Reread | None]:
     """Load a teacher, and how it reads text that is not cut its way. Refuses what cannot be compared with the student."""
     try:
-        teacher = load_model(folder)
+        teacher, theirs = load_with_tokenizer(folder)
         tokenizer = pathlib.Path(folder) / "tokenizer.model"
         same = tokenizer.is_file() and tokenizer.read_bytes() == corpus.tokenizer_path.read_bytes()
         reread = None
         if not same or config.teacher_prefix:
-            reread = Reread(load_tokenizer(corpus.tokenizer_path), load_vocabulary(pathlib.Path(folder)), config.teacher_prefix)
+            reread = Reread(load_tokenizer(corpus.tokenizer_path), theirs, config.teacher_prefix)
     except (ValueError, OSError) as error:
         raise UserError(f"--teacher: {error}") from None
     by_token = [f"--{name.replace('_', '-')}" for name in DISTILLATION[:3] if getattr(config, name)]
@@ -651,11 +670,18 @@ def check_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[Uni
 
 def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, extend: bool) -> dict:
     """The run's settings: what was given, over those of the run to resume, over the atlas recipe, over defaults."""
+    if extend and not resume:
+        raise UserError("--extend goes with --resume: it lets a run go on for more --steps")
     if resume:
         path = out / "run.json"
         if not path.is_file():
             raise UserError(f"{out} holds no run to resume")
-        saved = json.loads(path.read_text())
+        try:
+            saved = json.loads(path.read_text())
+            names = {f.name for f in dataclasses.fields(TrainConfig)} & saved.keys()  # an option may be younger than the run
+            TrainConfig(**{n: saved[n] for n in names | {"steps"}})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} does not hold the options of a run ({type(error).__name__}: {error}); it is damaged") from None
         changed = [f"--{n.replace('_', '-')} (was {saved[n]}, now {options[n]})" for n in sorted(given & saved.keys())
                    if options[n] != saved[n] and n not in RUNS_THE_SAME and not (extend and n == "steps")]
         if changed:
@@ -687,17 +713,41 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
     if cuda:
         torch.cuda.set_device(world.local_rank)
         torch.set_float32_matmul_precision("high")
-    data = pathlib.Path(settings["data"]) if settings["data"] else out / "data"
-    if world.rank == 0:
+    with claimed(out, settings) if world.rank == 0 else nullcontext():
+        train_stages(config, settings, out, world)
+
+
+@contextmanager
+def claimed(out: pathlib.Path, settings: dict):
+    """The run folder, locked against other processes, with the settings in run.json. A start that is refused, or stopped by
+    Ctrl-C, before its first step leaves no run behind: the same --out is free for the next try."""
+    fresh = not (out / "run.json").exists()
+    try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training in {out}; choose another --out") from None
-        write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
-        if not settings["data"]:
-            atlas_corpus(data)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose another") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process is training in {out}; choose another --out") from None
+    write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
+    try:
+        yield
+    except (ValueError, click.ClickException, KeyboardInterrupt):
+        if fresh and not any((folder / "metrics.jsonl").exists() for folder in (out, out / "teacher")):
+            for name in ("run.json", "config.json", ".lock"):
+                (out / name).unlink(missing_ok=True)
+            with suppress(OSError):  # the atlas stays for the next try
+                out.rmdir()
+        raise
+
+
+def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: World) -> None:
+    """The corpus, the teacher where one is wanted, the model, and what it has learnt."""
+    data = pathlib.Path(settings["data"]) if settings["data"] else out / "data"
+    if world.rank == 0 and not settings["data"]:
+        atlas_corpus(data)
     world.barrier()
     try:
         corpus = Corpus(data)
@@ -707,6 +757,8 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
     distils = any(getattr(config, name) for name in DISTILLATION)
     if settings["teacher"] and (distils or config.init_from_teacher):
         teacher, reread = check_teacher(settings["teacher"], corpus, config)
+    elif settings["teacher"]:
+        world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, adv_weight=0.0,
                                     init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
@@ -742,14 +794,21 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this machine. [default: one a visible GPU]")
 @click.pass_context
 def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, vocab_size, mfu, **options):
-    """Train a UniBERT. Without options: the embedded atlas, first a teacher, then the student, in three minutes."""
+    """Train a UniBERT. Without options: the embedded atlas, first a teacher, then the student, in three minutes.
+
+    The defaults below are those for --data; the atlas has a small recipe of its own (ATLAS_RECIPE in train.py).
+    """
     if on_paper:
-        c = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
-        shape = dict(block=c.block, vocab_size=vocab_size, max_length=c.max_length)
-        teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if c.kd_weight else None
-        return click.echo(plan(UniBERTConfig.preset(c.preset, **shape), teacher, gpus=gpus, gpu=gpu, mfu=mfu, mask_rate=c.mask_rate,
-                               tokens=tokens or c.steps * c.tokens_per_batch, tokens_per_batch=c.tokens_per_batch,
-                               micro_batch_tokens=c.micro_batch_tokens, discriminator=c.adv_weight > 0))
+        try:
+            c = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
+            shape = dict(block=c.block, vocab_size=vocab_size, max_length=c.max_length)
+            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if c.kd_weight else None
+            return click.echo(plan(UniBERTConfig.preset(c.preset, **shape), teacher, gpus=gpus, gpu=gpu, mfu=mfu, mask_rate=c.mask_rate,
+                                   tokens=c.steps * c.tokens_per_batch if tokens is None else tokens,
+                                   tokens_per_batch=c.tokens_per_batch, micro_batch_tokens=c.micro_batch_tokens,
+                                   discriminator=c.adv_weight > 0))
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if options["tensorboard"]:
         summary_writer()                                             # known now, not after the corpus is made
     given = {n for n in options if ctx.get_parameter_source(n) == click.core.ParameterSource.COMMANDLINE}
@@ -757,14 +816,14 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         from eval.ablate import ablate as ladder
         try:
             return click.echo(ladder({n: options[n] for n in given}, out or "runs/ablation", say=click.echo))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise UserError(str(error)) from None
     nproc = nproc or max(1, torch.cuda.device_count() if options["device"] != "cpu" else 1)
     if out is None:
         runs = pathlib.Path("runs")
         if resume:
             raise UserError("--resume needs --out, the folder of the run to go on with")
-        out = next(p for i in range(1, 10 ** 6) if not (p := runs / ("atlas" if i == 1 else f"atlas-{i}")).exists())
+        out = next(p for i in range(1, 10 ** 6) if not ((p := runs / ("atlas" if i == 1 else f"atlas-{i}")) / "run.json").exists())
     if nproc > 1 and "LOCAL_RANK" not in os.environ:
         arguments = sys.argv[1:] + ([] if ctx.get_parameter_source("out") == click.core.ParameterSource.COMMANDLINE
                                     else ["--out", str(out)])

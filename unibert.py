@@ -478,11 +478,13 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
     folder = pathlib.Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no {name}")
+            inside = f"; the model is in {folder / 'final'}" if (folder / "final").is_dir() else ""  # of a run folder
+            raise ValueError(f"{folder} is not a model folder: it has no {name}{inside}")
     try:
         config = UniBERTConfig(**json.loads((folder / "config.json").read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'} is not a UniBERT's ({error}); others' checkpoints are brought in by "
+                         "`python unibert.py import`") from None
     with torch.device("meta"):
         model = UniBERT(config)
     tensors, wanted = read_safetensors(folder / "model.safetensors"), model.state_dict()

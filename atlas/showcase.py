@@ -95,7 +95,7 @@ def showcase(model, tokenizer, corpus):
         for code, relation in EXAMPLES:
             asked = questions(code, tokenizer, relation, told=told)[:1] if code in codes else []
             for (text, _, _, answer), p, piece in zip(asked, *fill(model, asked)):
-                word, wanted = (tokenizer.id_to_piece(int(i)).strip("\u2581") for i in (piece, answer))
+                word, wanted = (tokenizer.id_to_piece(int(i)).strip("\u2581") or "\u2581" for i in (piece, answer))
                 yield f"  {code}  {text}  ->  {word} ({p:.2f}, {'right' if piece == answer else 'it is ' + wanted})"
         yield f"  of all in {len(codes)} languages (in brackets one answer for all of a language): " + ", ".join(
             f"{relation} {right:.0%} ({common:.0%})" for relation, (right, _, common) in

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ import train
 from data import MASK, Corpus, Prefetcher, load_tokenizer, prepare
 from hub.reread import Reread
 from train import Objective, Run, TrainConfig, World, batch_counts, schedule
-from unibert import similarity_distillation
+from unibert import UniBERT, UniBERTConfig, save_model, similarity_distillation
 from validation import evaluate
 
 REPO = pathlib.Path(train.__file__).parent
@@ -321,6 +322,13 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
     out, _ = finished_run
     other = tmp_path / "other"
     prepare(corpus.folder.parent / "text", other, vocab_size=1500, validation_share=0.05)
+    wide, narrow, broken = (tmp_path / name for name in ("wide", "narrow", "broken"))
+    for folder, changes in ((wide, dict(hidden_size=120, num_heads=6)), (narrow, dict(vocab_size=900))):
+        save_model(UniBERT(UniBERTConfig.preset("tiny", **dict(vocab_size=corpus.vocab_size, max_length=32) | changes)), folder,
+                   corpus.tokenizer_path)
+    broken.mkdir()
+    (broken / "run.json").write_text("{}")
+    (tmp_path / "file").touch()
     cases = [
         (("--data", tmp_path / "none", "--out", tmp_path / "a"), "not found"),
         (("--data", corpus.folder, "--out", out), "--resume"),
@@ -331,10 +339,39 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
         (("--data", corpus.folder, "--out", tmp_path / "e", "--teacher", out / "final", "--max-length", "64"), "at most 32"),
         (("--data", corpus.folder, "--out", tmp_path / "f", "--mlm-weight", "0", "--kd-weight", "0"), "nothing to learn"),
         (("--data", corpus.folder, "--out", tmp_path / "g", "--cuda-graphs", "--device", "cpu"), "needs a CUDA device and --compile"),
+        (("--data", corpus.folder, "--out", tmp_path / "h", "--extend"), "--extend goes with --resume"),
+        (("--data", corpus.folder, "--out", tmp_path / "i", "--adv-layer", "5"), "the model has 4 layers"),
+        (("--data", corpus.folder, "--out", tmp_path / "j", "--teacher", wide, "--kd-relation-weight", "1"), "no multiple of 6"),
+        (("--data", corpus.folder, "--out", tmp_path / "k", "--teacher", narrow), "pieces, the model 900"),
+        (("--data", corpus.folder, "--out", tmp_path / "l", "--max-length", "1500"), "--max-length is 1500"),
+        (("--data", corpus.folder, "--out", tmp_path / "m", "--lr", "inf"), "--lr is inf"),
+        (("--data", corpus.folder, "--out", tmp_path / "file" / "n"), "cannot be written (Not a directory)"),
+        (("--out", broken, "--resume"), "does not hold the options of a run"),
+        (("--plan", "--tokens", "nan"), "--tokens is nan"),
+        (("--plan", "--lr", "0"), "--lr is 0.0"),
     ]
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
     for arguments, wanted in cases:
         done = CliRunner().invoke(train.main, [*map(str, SHORT), *map(str, arguments)])
+        assert done.exit_code == 2 and wanted in done.stderr, (done.stderr, done.exception)
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    # Refused before its first step, a start leaves nothing: with the mistake mended, the same command works.
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "wide", "narrow", "broken", "file"}
+
+
+def test_a_checkpoint_that_does_not_fit_gets_one_line(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
+    for name, change, wanted in (("older", lambda state: state.pop("adv_loss"), "lacks 'adv_loss'"),
+                                 ("further", lambda state: state.update(step=5), "beyond the 4 steps"),
+                                 ("other", lambda state: state["objective"].pop("discriminator.outer.bias"), "is not of this run")):
+        shutil.copytree(finished_run[0], tmp_path / name)
+        checkpoints = train.Checkpoints(tmp_path / name / "checkpoints")
+        state = checkpoints.load_newest()[1]
+        change(state)
+        checkpoints.save(4, state)
+        checkpoints.wait()
+        done = CliRunner().invoke(train.main, ["--out", str(tmp_path / name), "--resume"])
         assert done.exit_code == 2 and wanted in done.stderr, (done.stderr, done.exception)
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
