@@ -45,9 +45,7 @@ from kernels.support import CHECK_VALUES, choose_backend, jit, running_on, table
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reference: the blackboard
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ reference
 
 def reference(q, k, v, cu_seqlens, dropout=0.0, seed=0):
     """One sequence after another, in the dtype of the inputs. The measure of all the other paths."""
@@ -64,11 +62,11 @@ def reference(q, k, v, cu_seqlens, dropout=0.0, seed=0):
     return torch.cat(pieces + [torch.zeros_like(q[bounds[-1]:])])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Triton: shared pieces. A tensor argument of a kernel is a tuple (pointer, stride of T, stride of heads).
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ Triton: shared pieces
+# A tensor argument of a kernel is a tuple (pointer, stride of T, stride of heads).
 
-_jit = functools.partial(jit, do_not_specialize=("T", "S", "drop"))     # a new T, S or seed compiles nothing again
+# A new T, S or seed compiles nothing again. (Inside a tuple Triton specialises a 1 or a multiple of 16 all the same.)
+_jit = functools.partial(jit, do_not_specialize=("T", "S", "seed", "threshold"))
 
 
 @_jit
@@ -127,16 +125,16 @@ def _write(x, value, first, limit, head, D: tl.constexpr):
     tl.store(_tile(x, first, head, value.shape[0], value.shape[1]), value.to(x[0].dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Triton: kernels. One program has BLOCK rows of the flat token axis, whatever sequences they are of, and one
-# head. Heads run fastest, so that the heads of a token, neighbours in memory, are read at about the same time.
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ Triton: kernels
+# One program has BLOCK rows of the flat token axis, whatever sequences they are of, and one head. Heads run fastest,
+# so that the heads of a token, neighbours in memory, are read at about the same time.
 
 @_jit
-def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, drop,
+def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, seed, threshold, gain,
                     HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
                     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """Online softmax: acc = sum_j 2^(s_j - peak) v_j and total = sum_j 2^(s_j - peak), with peak = max_j s_j."""
+    drop = seed, threshold, gain
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK_Q
     rows = first + tl.arange(0, BLOCK_Q)
@@ -173,10 +171,11 @@ def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, drop,
 
 
 @_jit
-def _dq_kernel(q, k, v, out, do, dq, lse, delta, cu, T, S, scale, softmax_scale, drop,
+def _dq_kernel(q, k, v, out, do, dq, lse, delta, cu, T, S, scale, softmax_scale, seed, threshold, gain,
                HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
                BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """dQ, and on the way delta = rowsum(out * do), which _dkv_kernel reads."""
+    drop = seed, threshold, gain
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK_Q
     rows = first + tl.arange(0, BLOCK_Q)
@@ -207,10 +206,11 @@ def _dq_kernel(q, k, v, out, do, dq, lse, delta, cu, T, S, scale, softmax_scale,
 
 
 @_jit
-def _dkv_kernel(q, k, v, do, dk, dv, lse, delta, cu, T, S, scale, softmax_scale, drop,
+def _dkv_kernel(q, k, v, do, dk, dv, lse, delta, cu, T, S, scale, softmax_scale, seed, threshold, gain,
                 HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr):
     """dK and dV. Scores are [keys, queries] here, so that P^T and dS^T are ready to multiply."""
+    drop = seed, threshold, gain
     head = tl.program_id(0) % HEADS
     first = tl.program_id(0) // HEADS * BLOCK_K
     keys = first + tl.arange(0, BLOCK_K)
@@ -269,11 +269,12 @@ def _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, sof
 
 
 @_jit
-def _short_kernel(q, k, v, out, do, dq, dk, dv, lse, cu, T, S, scale, softmax_scale, drop,
+def _short_kernel(q, k, v, out, do, dq, dk, dv, lse, cu, T, S, scale, softmax_scale, seed, threshold, gain,
                   HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                   DROPOUT: tl.constexpr):
     """The whole backward where no sequence is longer than BLOCK: a program a sequence and head, so that q, k, v,
     out and do are read once and P is computed once. The last HEADS programs clear the tokens of no sequence."""
+    drop = seed, threshold, gain
     head = tl.program_id(0) % HEADS
     segment = tl.program_id(0) // HEADS
     first = tl.load(cu + segment)
@@ -285,17 +286,16 @@ def _short_kernel(q, k, v, out, do, dq, dk, dv, lse, cu, T, S, scale, softmax_sc
             _write(dv, tl.zeros([BLOCK, WIDTH], tl.float32), row, T, head, D)
     else:
         length = tl.load(cu + segment + 1) - first
-        if length > BLOCK // 2:
+        HALF: tl.constexpr = BLOCK // 2 if BLOCK > 16 else 16       # tl.dot takes no less
+        if length > HALF:
             _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
                    D, WIDTH, BLOCK, DROPOUT)
         elif length > 0:        # most sequences are short: half the tile, a quarter of the work
             _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
-                   D, WIDTH, BLOCK // 2, DROPOUT)
+                   D, WIDTH, HALF, DROPOUT)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Triton: launch
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- Triton: launches
 
 # (architecture, bytes an element, head_dim rounded up to a power of two) -> (BLOCK_Q, BLOCK_K, warps, stages) of
 # the forward, dQ and dK/dV kernels, then (BLOCK, warps) of the short backward kernel. Pinned, so that every rank and
@@ -325,7 +325,7 @@ CONFIGS = {
     (100, 4, 16): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
     (100, 4, 32): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
     (100, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 4)),
-    (100, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 4)),
+    (100, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 8)),
 }
 
 
@@ -357,10 +357,10 @@ def _arguments(q, k, v, cu_seqlens, dropout, seed):
     """What all kernels take, by name."""
     S = cu_seqlens.shape[0] - 1
     return dict(
-        q=_strided(q), k=_strided(k), v=_strided(v), cu=cu_seqlens, T=q.shape[0], S=S,
+        q=_strided(q), k=_strided(k), v=_strided(v), cu=cu_seqlens.contiguous(), T=q.shape[0], S=S,
         BITS=-(-S.bit_length() // 4) * 4,       # in fours: a few variants of a kernel, not one for each S
         scale=math.log2(math.e) / math.sqrt(q.shape[2]), softmax_scale=1 / math.sqrt(q.shape[2]),
-        drop=(fold(seed), int(dropout * 2**31), 1 / (1 - dropout)), DROPOUT=dropout > 0,
+        seed=fold(seed), threshold=int(dropout * 2**31), gain=1 / (1 - dropout), DROPOUT=dropout > 0,
         HEADS=q.shape[1], D=q.shape[2], WIDTH=triton.next_power_of_2(q.shape[2]))
 
 
@@ -392,9 +392,7 @@ def triton_backward(do, q, k, v, out, lse, cu_seqlens, max_seqlen, dropout=0.0, 
     return grads
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Registration: opaque to torch.compile, differentiable
-# ---------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- operators for autograd
 
 @torch.library.custom_op("unibert::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str,
@@ -445,9 +443,7 @@ def _differentiate(ctx, do, _):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The public function
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------ public function
 
 def _check_arguments(q, k, v, cu_seqlens, max_seqlen, dropout):
     """What can be told from shapes and types, also while torch.compile traces."""
@@ -493,15 +489,16 @@ def attention(q, k, v, cu_seqlens, max_seqlen, backend="auto", dropout=0.0, seed
                   128. Any strides with a contiguous last dimension: views of one fused [T, 3, heads, head_dim]
                   projection, qkv.unbind(1), are read in place.
     cu_seqlens    [S + 1] int32 on the same device: sequence i is tokens [cu_seqlens[i], cu_seqlens[i + 1]); it starts
-                  at 0 and never descends. Sequences may be empty. Tokens from cu_seqlens[S] on are of no sequence:
-                  output 0, gradient 0.
+                  at 0 and never descends. Sequences may be empty. Tokens from cu_seqlens[S] on are of no sequence and
+                  may hold anything: output 0, gradient 0.
     max_seqlen    int, at least the longest length. On a GPU it decides whether the short backward kernel is used.
     backend       "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
     dropout       rate in [0, 1) on the attention weights. The mask is a function of (seed, head, query, key) alone,
                   with positions counted over the batch: the same in every backend, and in backward.
-    seed          any int.
+    seed          any int of 64 bits, signed.
 
-    Returns [T, heads, head_dim], contiguous. Bits are the same in every run. Not differentiable twice.
+    Returns [T, heads, head_dim], contiguous. Bits are the same in every run. Not differentiable twice. A sequence that
+    holds NaN or infinity may spread it to its neighbours on a GPU, where they share a block: 0 * NaN is NaN.
     Raises ValueError for bad arguments before any launch. The values in cu_seqlens are looked at on the CPU always, on
     a GPU only with UNIBERT_CHECK=1 in the environment, since that waits for the GPU.
     """

@@ -152,7 +152,7 @@ def _sequences(cu_seqlens, *tensors):
 
 def library_forward(q, k, v, cu_seqlens):
     """-> out [T, heads, head_dim], logsumexp [heads, T]. A view a sequence: no padding, no gathering."""
-    out, lse = torch.zeros(q.shape), torch.zeros(q.shape[1], q.shape[0])
+    out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[1], q.shape[0])
     for span, qkv in _sequences(cu_seqlens, q, k, v):
         o, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
         out[span], lse[:, span] = o[0].transpose(0, 1), row_lse[0]
@@ -161,7 +161,7 @@ def library_forward(q, k, v, cu_seqlens):
 
 def library_backward(do, q, k, v, out, lse, cu_seqlens):
     """-> [T, 3, heads, head_dim]: dq, dk, dv."""
-    grads = torch.zeros(q.shape[0], 3, *q.shape[1:])
+    grads = q.new_zeros(q.shape[0], 3, *q.shape[1:])
     for span, (*tensors, o) in _sequences(cu_seqlens, do, q, k, v, out):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, o, lse[None, :, span], 0.0, False)

@@ -49,9 +49,9 @@ def attention_configurations(table: int):
             for (name, config), dropout in itertools.product(attention_file.named(row).items(), (False, True)):
                 constants = dict(config, HEADS=12, D=width, WIDTH=width, BITS=12, DROPOUT=dropout)
                 options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-                types = dict(lse="*fp32", delta="*fp32", cu="*i32", T="i32", S="i32", scale="fp32",
-                             softmax_scale="fp32", drop=("i32", "i32", "fp32"))
-                # The rest are tensors: a pointer and two strides. Not aligned: T, S and drop, never specialised.
+                types = dict(lse="*fp32", delta="*fp32", cu="*i32", T="i32", S="i32", seed="i32", threshold="i32",
+                             gain="fp32", scale="fp32", softmax_scale="fp32")
+                # The rest are tensors: a pointer and two strides. Numbers are never specialised, so not aligned.
                 signature = {arg: types.get(arg, ("*" + dtype, "i32", "i32")) for arg in kernels[name].arg_names}
                 source = source_of(kernels[name], signature, constants,
                                    lambda arg: arg not in types or types[arg][0] == "*")

@@ -16,18 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear_losses import (NEVER, KeptRows, add_bias, check_arguments, check_targets, empty_weight_gradients,
-                                   gradients_by_chunk, grid, launch_options, live_rows, logits_keeping_target, matmul,
-                                   part_of, save_for_backward, saved_chunk, softmax_in_place, store_dlogits,
-                                   target_column, tile, tile_logits, tile_logsumexp, vocabulary_chunks, wide_dtype)
+from kernels.linear_losses import (NEVER, KeptRows, add_bias, bias_of, check_arguments, check_targets,
+                                   empty_weight_gradients, gradients_by_chunk, grid, keep_workspace, launch_options,
+                                   live_rows, logits_keeping_target, saved_chunk, softmax_in_place, store_dlogits,
+                                   target_column, tile, tile_logits, tile_logsumexp, vocabulary_chunks, weight_of,
+                                   wide_dtype)
 from kernels.support import jit, running_on, tl
 
-SMALLEST_SCALE = 1e-20           # floor of exp(chunk logsumexp - logsumexp): see _ce_forward_torch
+SMALLEST_SCALE = 1e-20           # floor of exp(chunk logsumexp - logsumexp): see torch_forward
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
 
-def _reference_cross_entropy(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype):
+def reference(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype):
     logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(wide_dtype(dtype))
     loss = F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index,
                            label_smoothing=label_smoothing)
@@ -38,7 +39,7 @@ def _reference_cross_entropy(x, weight, bias, target, row_weight, ignore_index, 
 
 # ------------------------------------------------------------------------------------------------------- plain PyTorch
 
-def _ce_forward_torch(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype, save):
+def torch_forward(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype, save):
     """-> loss [N], stats [2 + chunks, N] (logsumexp, target logit, logsumexp of each chunk), saved [1, N * V].
 
     Each chunk keeps its own softmax P, whose rows sum to 1, instead of exp(logit - logsumexp), which is not known
@@ -96,8 +97,8 @@ def _put_target(probabilities, kept, chunk, start, stats, z_loss, label_smoothin
     probabilities[rows, columns] = (entry / scale).to(probabilities.dtype)
 
 
-def _ce_backward_torch(grad, x, weight, bias, target, row_weight, stats, saved, ignore_index, z_loss,
-                       label_smoothing, dtype, need_weight):
+def torch_backward(grad, x, weight, bias, target, row_weight, stats, saved, ignore_index, z_loss, label_smoothing,
+                   dtype, need_weight):
     (rows, vocabulary), wide = (len(x), len(weight)), wide_dtype(dtype)
     chunks = vocabulary_chunks(rows, vocabulary, "torch", dtype)
     kept = KeptRows(target, vocabulary, ignore_index, chunks)
@@ -167,20 +168,20 @@ def _ce_backward_kernel(x_ptr, w_ptr, b_ptr, target_ptr, lse_ptr, grad_ptr, out_
     store_dlogits(d, out_ptr, db_ptr, row_block, col_block, row_in, col_in, out_stride, HAS_BIAS, BM, BN)
 
 
-def _ce_forward_triton(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype):
+def triton_forward(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype):
     """-> loss [N], stats [2, N] (logsumexp, target logit)."""
     (rows, width), vocabulary = x.shape, len(weight)
     check_targets(target, vocabulary, ignore_index)
     xs, target = live_rows(x, target, ignore_index, dtype), target.contiguous()
     block, launch = launch_options(x.device, "ce_forward", dtype, width)
     chunks = vocabulary_chunks(rows, vocabulary, "triton", dtype)
-    chunk_lse = torch.empty(len(chunks), rows, device=x.device)
-    target_logit = torch.zeros(rows, device=x.device)
+    chunk_lse = xs.new_empty(len(chunks), rows, dtype=torch.float32)
+    target_logit = xs.new_zeros(rows, dtype=torch.float32)
     for i, start, end in chunks:
-        tile_lse = torch.empty(-(-(end - start) // block[1]), rows, device=x.device)
+        tile_lse = xs.new_empty(-(-(end - start) // block[1]), rows, dtype=torch.float32)
         _ce_forward_kernel[grid(block, rows, end - start)](
-            xs, part_of(weight, start, end, dtype), part_of(bias, start, end), target, tile_lse, target_logit, rows,
-            end - start, start, ignore_index, D=width, HAS_BIAS=bias is not None, **launch)
+            xs, weight_of(weight, start, end, dtype), bias_of(bias, start, end, torch.float32), target, tile_lse,
+            target_logit, rows, end - start, start, ignore_index, D=width, HAS_BIAS=bias is not None, **launch)
         torch.logsumexp(tile_lse, 0, out=chunk_lse[i])
     live = target != ignore_index
     lse = torch.where(live, torch.logsumexp(chunk_lse, 0), 0.0)
@@ -194,8 +195,8 @@ def _ce_forward_triton(x, weight, bias, target, row_weight, ignore_index, z_loss
     return torch.where(live, loss, 0.0), torch.stack((lse, target_logit))
 
 
-def _ce_backward_triton(grad, x, weight, bias, target, row_weight, stats, ignore_index, z_loss, label_smoothing, dtype,
-                        need_weight):
+def triton_backward(grad, x, weight, bias, target, row_weight, stats, ignore_index, z_loss, label_smoothing, dtype,
+                    need_weight):
     block, launch = launch_options(x.device, "ce_backward", dtype, x.shape[1])
 
     def fill(start, end, xs, w, b, out, db):
@@ -211,17 +212,17 @@ def _ce_backward_triton(grad, x, weight, bias, target, row_weight, stats, ignore
 # ---------------------------------------------------------------------------------------------- operators for autograd
 
 @torch.library.custom_op("unibert::linear_cross_entropy", mutates_args=())
-def _ce_op(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, row_weight: Optional[Tensor],
-           ignore_index: int, z_loss: float, label_smoothing: float, dtype: torch.dtype, backend: str,
-           save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, row_weight: Optional[Tensor],
+             ignore_index: int, z_loss: float, label_smoothing: float, dtype: torch.dtype, backend: str,
+             save: bool) -> tuple[Tensor, Tensor, Tensor]:
     arguments = x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype
     with running_on(x):
         if backend == "torch":
-            return _ce_forward_torch(*arguments, save)
-        return *_ce_forward_triton(*arguments), x.new_empty(1, 0, dtype=dtype)
+            return torch_forward(*arguments, save)
+        return *triton_forward(*arguments), x.new_empty(1, 0, dtype=dtype)
 
 
-@_ce_op.register_fake
+@_forward.register_fake
 def _(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype, backend, save):
     (rows, vocabulary), wide = (len(x), len(weight)), wide_dtype(dtype)
     chunks = len(vocabulary_chunks(rows, vocabulary, backend, dtype)) if backend == "torch" else 0
@@ -230,24 +231,24 @@ def _(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing
 
 
 @torch.library.custom_op("unibert::linear_cross_entropy_backward", mutates_args=())
-def _ce_backward_op(grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor,
-                    row_weight: Optional[Tensor], stats: Tensor, saved: Tensor, ignore_index: int, z_loss: float,
-                    label_smoothing: float, dtype: torch.dtype, backend: str,
-                    need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor,
+              row_weight: Optional[Tensor], stats: Tensor, saved: Tensor, ignore_index: int, z_loss: float,
+              label_smoothing: float, dtype: torch.dtype, backend: str,
+              need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     options = ignore_index, z_loss, label_smoothing, dtype, need_weight
     with running_on(x):
         if backend == "torch":
-            return _ce_backward_torch(grad, x, weight, bias, target, row_weight, stats, saved, *options)
-        return _ce_backward_triton(grad, x, weight, bias, target, row_weight, stats, *options)
+            return torch_backward(grad, x, weight, bias, target, row_weight, stats, saved, *options)
+        return triton_backward(grad, x, weight, bias, target, row_weight, stats, *options)
 
 
-@_ce_backward_op.register_fake
+@_backward.register_fake
 def _(grad, x, weight, bias, target, row_weight, stats, saved, ignore_index, z_loss, label_smoothing, dtype, backend,
       need_weight):
-    return (torch.empty_like(x), *empty_weight_gradients(weight, bias, need_weight))
+    return (x.new_empty(x.shape), *empty_weight_gradients(weight, bias, need_weight))
 
 
-def _ce_setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, weight, bias, target, row_weight, *ctx.options, _ = inputs
     _, stats, saved = output
     ctx.mark_non_differentiable(stats, saved)
@@ -255,16 +256,16 @@ def _ce_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, target, row_weight, stats, saved)
 
 
-def _ce_autograd(ctx, grad, *_):
+def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 11
     x, weight, bias, target, row_weight, stats, saved = ctx.saved_tensors
     need_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, dw, db = _ce_backward_op(grad, x, weight, bias, target, row_weight, stats, saved, *ctx.options, need_weight)
+    dx, dw, db = _backward(grad, x, weight, bias, target, row_weight, stats, saved, *ctx.options, need_weight)
     return (dx, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None) + (None,) * 8
 
 
-_ce_op.register_autograd(_ce_autograd, setup_context=_ce_setup)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 # ----------------------------------------------------------------------------------------------------- public function
@@ -290,8 +291,7 @@ def linear_cross_entropy(x, weight, bias, target, ignore_index=-100, z_loss=0.0,
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1), not {label_smoothing}")
     if backend == "reference":
-        return _reference_cross_entropy(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing,
-                                        dtype)
-    save = backend == "torch" and save_for_backward(1, x, weight, bias, dtype)
-    return _ce_op(x, weight, bias, target, None if row_weight is None else row_weight.detach(), ignore_index,
-                  float(z_loss), float(label_smoothing), dtype, backend, save)[0]
+        return reference(x, weight, bias, target, row_weight, ignore_index, z_loss, label_smoothing, dtype)
+    save = backend == "torch" and keep_workspace(1, x, weight, bias, dtype)
+    return _forward(x, weight, bias, target, None if row_weight is None else row_weight.detach(), ignore_index,
+                    float(z_loss), float(label_smoothing), dtype, backend, save)[0]

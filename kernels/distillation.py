@@ -18,18 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear_losses import (NEVER, OUTSIDE, KeptRows, add_bias, check_arguments, check_targets,
-                                   empty_weight_gradients, gradients_by_chunk, grid, launch_options, live_rows,
-                                   logits_keeping_target, part_of, save_for_backward, saved_chunk, softmax_in_place,
-                                   store_dlogits, target_column, tile, tile_logits, tile_logsumexp, vocabulary_chunks,
+from kernels.linear_losses import (NEVER, OUTSIDE, KeptRows, add_bias, bias_of, check_arguments, check_targets,
+                                   empty_weight_gradients, gradients_by_chunk, grid, keep_workspace, launch_options,
+                                   live_rows, logits_keeping_target, saved_chunk, softmax_in_place, store_dlogits,
+                                   target_column, tile, tile_logits, tile_logsumexp, vocabulary_chunks, weight_of,
                                    wide_dtype)
 from kernels.support import jit, running_on, tl
 
 
 # ----------------------------------------------------------------------------------------------------------- reference
 
-def _reference_distillation(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature,
-                            ignore_index, dtype):
+def reference(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype):
     wide, valid = wide_dtype(dtype), target != ignore_index
     student = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(wide)
     teacher = F.linear(teacher_x.to(dtype), teacher_weight.to(dtype),
@@ -42,8 +41,8 @@ def _reference_distillation(x, weight, bias, target, teacher_x, teacher_weight, 
 
 # ------------------------------------------------------------------------------------------------------- plain PyTorch
 
-def _distill_forward_torch(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature,
-                           ignore_index, dtype, save):
+def torch_forward(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype,
+                  save):
     """-> ce [N], kl [N], stats [3 + 3 * chunks, N] (logsumexp of student, student / T, teacher / T, then of each
     chunk), saved [2, N * V]: the products x @ W of student and teacher, before the bias.
 
@@ -89,8 +88,8 @@ def _three_logits(products, bias, teacher_bias, start, end, wide):
     return student, student.clone(), teacher
 
 
-def _distill_backward_torch(grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias,
-                            stats, saved, temperature, ignore_index, dtype, need_weight):
+def torch_backward(grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, stats, saved,
+                   temperature, ignore_index, dtype, need_weight):
     (rows, vocabulary), wide = (len(x), len(weight)), wide_dtype(dtype)
     chunks = vocabulary_chunks(rows, vocabulary, "torch", dtype)
     kept = KeptRows(target, vocabulary, ignore_index, chunks)
@@ -107,7 +106,9 @@ def _distill_backward_torch(grad_ce, grad_kl, x, weight, bias, target, teacher_x
         else:
             products = (xs @ w.t(), txs @ teacher_weight[start:end].to(dtype).t())
         student, cooled, teacher = _three_logits(products, bias, teacher_bias, start, end, wide)
-        softmax_in_place(student), softmax_in_place(cooled, 1 / temperature), softmax_in_place(teacher, 1 / temperature)
+        softmax_in_place(student)
+        softmax_in_place(cooled, 1 / temperature)
+        softmax_in_place(teacher, 1 / temperature)
         scale = (coefficient * (stats[3 + 3 * i:6 + 3 * i, :kept.n] - lse).exp_())[:, :, None]
         dlogits = student.mul_(scale[0]).addcmul_(cooled, scale[1]).addcmul_(teacher, scale[2])
         in_chunk, columns = kept.targets_in(i, start)
@@ -122,6 +123,7 @@ def _distill_backward_torch(grad_ce, grad_kl, x, weight, bias, target, teacher_x
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
+
 
 @jit
 def _distill_forward_kernel(x_ptr, w_ptr, b_ptr, tx_ptr, tw_ptr, tb_ptr, target_ptr, part_ptr, target_logit_ptr,
@@ -138,7 +140,7 @@ def _distill_forward_kernel(x_ptr, w_ptr, b_ptr, tx_ptr, tw_ptr, tb_ptr, target_
     student = logits_keeping_target(x_ptr, w_ptr, b_ptr, target, target_logit_ptr, row, row_block, col_block, col_in,
                                     N, C, first_class, ignore_index, D, HAS_BIAS, PRECISION, BM, BN, BK)
     part = part_ptr + col_block.to(tl.int64) * N + row
-    part_stride = tl.cdiv(C, BN).to(tl.int64) * N
+    part_stride = tl.cast(tl.cdiv(C, BN), tl.int64) * N
     tl.store(part, tile_logsumexp(student), row_in)
     tl.store(part + part_stride, tile_logsumexp(student * inverse_t), row_in)
     teacher = tile_logits(tx_ptr, tw_ptr, tb_ptr, row_block, col_block, N, C, TD, HAS_TB, PRECISION, BM, BN, BK)
@@ -150,6 +152,7 @@ def _distill_forward_kernel(x_ptr, w_ptr, b_ptr, tx_ptr, tw_ptr, tb_ptr, target_
     total = tl.sum(q, 1)
     tl.store(part + 2 * part_stride, top + tl.log(total), row_in)
     tl.store(part + 3 * part_stride, tl.sum(q * gap, 1) / total, row_in)
+
 
 @jit
 def _distill_backward_kernel(x_ptr, w_ptr, b_ptr, tx_ptr, tw_ptr, tb_ptr, target_ptr, lse_ptr, grad_ce_ptr,
@@ -176,8 +179,7 @@ def _distill_backward_kernel(x_ptr, w_ptr, b_ptr, tx_ptr, tw_ptr, tb_ptr, target
     store_dlogits(d, out_ptr, db_ptr, row_block, col_block, row_in, col_in, out_stride, HAS_BIAS, BM, BN)
 
 
-def _distill_forward_triton(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature,
-                            ignore_index, dtype):
+def triton_forward(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype):
     """-> ce [N], kl [N], stats [3, N]: logsumexp of student, student / T, teacher / T."""
     (rows, width), vocabulary = x.shape, len(weight)
     check_targets(target, vocabulary, ignore_index)
@@ -185,14 +187,14 @@ def _distill_forward_triton(x, weight, bias, target, teacher_x, teacher_weight, 
     xs, txs = (live_rows(t, target, ignore_index, dtype) for t in (x, teacher_x))
     block, launch = launch_options(x.device, "distill_forward", dtype, min(width, teacher_x.shape[1]))
     chunks = vocabulary_chunks(rows, vocabulary, "triton", dtype)
-    chunk_lse = torch.empty(len(chunks), 3, rows, device=x.device)
-    gap = torch.empty(len(chunks), rows, device=x.device)
-    target_logit = torch.zeros(rows, device=x.device)
+    chunk_lse = xs.new_empty(len(chunks), 3, rows, dtype=torch.float32)
+    gap = xs.new_empty(len(chunks), rows, dtype=torch.float32)
+    target_logit = xs.new_zeros(rows, dtype=torch.float32)
     for i, start, end in chunks:
-        part = torch.empty(4, -(-(end - start) // block[1]), rows, device=x.device)
+        part = xs.new_empty(4, -(-(end - start) // block[1]), rows, dtype=torch.float32)
         _distill_forward_kernel[grid(block, rows, end - start)](
-            xs, part_of(weight, start, end, dtype), part_of(bias, start, end),
-            txs, part_of(teacher_weight, start, end, dtype), part_of(teacher_bias, start, end),
+            xs, weight_of(weight, start, end, dtype), bias_of(bias, start, end, torch.float32),
+            txs, weight_of(teacher_weight, start, end, dtype), bias_of(teacher_bias, start, end, torch.float32),
             target, part, target_logit, rows, end - start, start, ignore_index, 1 / temperature,
             D=width, TD=teacher_x.shape[1], HAS_BIAS=bias is not None, HAS_TB=teacher_bias is not None, **launch)
         chunk_lse[i] = torch.logsumexp(part[:3], 1)
@@ -202,15 +204,16 @@ def _distill_forward_triton(x, weight, bias, target, teacher_x, teacher_weight, 
     return torch.where(live, stats[0] - target_logit, 0.0), torch.where(live, kl, 0.0), stats
 
 
-def _distill_backward_triton(grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, stats,
-                             temperature, ignore_index, dtype, need_weight):
+def triton_backward(grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, stats,
+                    temperature, ignore_index, dtype, need_weight):
     block, launch = launch_options(x.device, "distill_backward", dtype, min(x.shape[1], teacher_x.shape[1]))
 
     def fill(start, end, xs, w, b, out, db):
+        tw, tb = weight_of(teacher_weight, start, end, dtype), bias_of(teacher_bias, start, end, torch.float32)
         _distill_backward_kernel[grid(block, len(xs), end - start)](
-            xs, w, b, txs, part_of(teacher_weight, start, end, dtype), part_of(teacher_bias, start, end), target, stats,
-            grad_ce, grad_kl, out, db, len(xs), end - start, out.stride(0), start, ignore_index, 1 / temperature,
-            D=x.shape[1], TD=txs.shape[1], HAS_BIAS=b is not None, HAS_TB=teacher_bias is not None, **launch)
+            xs, w, b, txs, tw, tb, target, stats, grad_ce, grad_kl, out, db, len(xs), end - start, out.stride(0), start,
+            ignore_index, 1 / temperature, D=x.shape[1], TD=txs.shape[1], HAS_BIAS=b is not None,
+            HAS_TB=tb is not None, **launch)
 
     txs, target = live_rows(teacher_x, target, ignore_index, dtype), target.contiguous()
     grad_ce, grad_kl = grad_ce.float().contiguous(), (grad_kl * temperature).float()
@@ -220,17 +223,17 @@ def _distill_backward_triton(grad_ce, grad_kl, x, weight, bias, target, teacher_
 # ---------------------------------------------------------------------------------------------- operators for autograd
 
 @torch.library.custom_op("unibert::linear_distillation", mutates_args=())
-def _distill_op(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, teacher_x: Tensor,
-                teacher_weight: Tensor, teacher_bias: Optional[Tensor], temperature: float, ignore_index: int,
-                dtype: torch.dtype, backend: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, teacher_x: Tensor,
+             teacher_weight: Tensor, teacher_bias: Optional[Tensor], temperature: float, ignore_index: int,
+             dtype: torch.dtype, backend: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype)
     with running_on(x):
         if backend == "torch":
-            return _distill_forward_torch(*arguments, save)
-        return *_distill_forward_triton(*arguments), x.new_empty(2, 0, dtype=dtype)
+            return torch_forward(*arguments, save)
+        return *triton_forward(*arguments), x.new_empty(2, 0, dtype=dtype)
 
 
-@_distill_op.register_fake
+@_forward.register_fake
 def _(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype, backend,
       save):
     (rows, vocabulary), wide = (len(x), len(weight)), wide_dtype(dtype)
@@ -241,25 +244,25 @@ def _(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperat
 
 
 @torch.library.custom_op("unibert::linear_distillation_backward", mutates_args=())
-def _distill_backward_op(grad_ce: Tensor, grad_kl: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor],
-                         target: Tensor, teacher_x: Tensor, teacher_weight: Tensor, teacher_bias: Optional[Tensor],
-                         stats: Tensor, saved: Tensor, temperature: float, ignore_index: int, dtype: torch.dtype,
-                         backend: str, need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_ce: Tensor, grad_kl: Tensor, x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor,
+              teacher_x: Tensor, teacher_weight: Tensor, teacher_bias: Optional[Tensor], stats: Tensor, saved: Tensor,
+              temperature: float, ignore_index: int, dtype: torch.dtype, backend: str,
+              need_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     tensors = grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, stats
     options = temperature, ignore_index, dtype, need_weight
     with running_on(x):
         if backend == "torch":
-            return _distill_backward_torch(*tensors, saved, *options)
-        return _distill_backward_triton(*tensors, *options)
+            return torch_backward(*tensors, saved, *options)
+        return triton_backward(*tensors, *options)
 
 
-@_distill_backward_op.register_fake
+@_backward.register_fake
 def _(grad_ce, grad_kl, x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, stats, saved, temperature,
       ignore_index, dtype, backend, need_weight):
-    return (torch.empty_like(x), *empty_weight_gradients(weight, bias, need_weight))
+    return (x.new_empty(x.shape), *empty_weight_gradients(weight, bias, need_weight))
 
 
-def _distill_setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     *tensors, temperature, ignore_index, dtype, backend, _ = inputs
     _, _, stats, saved = output
     ctx.options = temperature, ignore_index, dtype, backend
@@ -268,18 +271,18 @@ def _distill_setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors, stats, saved)
 
 
-def _distill_autograd(ctx, grad_ce, grad_kl, *_):
+def _differentiate(ctx, grad_ce, grad_kl, *_):
     if grad_ce is None and grad_kl is None:
         return (None,) * 12
     *tensors, stats, saved = ctx.saved_tensors
     grad_ce = stats.new_zeros(stats.shape[1]) if grad_ce is None else grad_ce
     grad_kl = stats.new_zeros(stats.shape[1]) if grad_kl is None else grad_kl
     need_weight = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, dw, db = _distill_backward_op(grad_ce, grad_kl, *tensors, stats, saved, *ctx.options, need_weight)
+    dx, dw, db = _backward(grad_ce, grad_kl, *tensors, stats, saved, *ctx.options, need_weight)
     return (dx, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None) + (None,) * 9
 
 
-_distill_op.register_autograd(_distill_autograd, setup_context=_distill_setup)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 # ----------------------------------------------------------------------------------------------------- public function
@@ -303,6 +306,6 @@ def linear_distillation(x, weight, bias, target, teacher_x, teacher_weight, teac
         raise ValueError(f"linear_distillation: temperature must be positive, not {temperature}")
     teacher = teacher_x.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
     if backend == "reference":
-        return _reference_distillation(x, weight, bias, target, *teacher, temperature, ignore_index, dtype)
-    save = backend == "torch" and save_for_backward(2, x, weight, bias, dtype)
-    return _distill_op(x, weight, bias, target, *teacher, float(temperature), ignore_index, dtype, backend, save)[:2]
+        return reference(x, weight, bias, target, *teacher, temperature, ignore_index, dtype)
+    save = backend == "torch" and keep_workspace(2, x, weight, bias, dtype)
+    return _forward(x, weight, bias, target, *teacher, float(temperature), ignore_index, dtype, backend, save)[:2]

@@ -35,7 +35,8 @@ def _mix_triton(x):
 @jit
 def dropped(x, query, key, head, drop):
     """x with the weights that keep_mask drops set to 0 and the others scaled up; query and key are a row and a
-    column of token positions, either way round. drop = (folded seed, threshold, scale)."""
-    row = _mix_triton(_mix_triton(query.to(tl.uint32) ^ drop[0].to(tl.uint32)) + head.to(tl.uint32) * 0x3C6EF372)
-    keep = (_mix_triton(row ^ key.to(tl.uint32)) & 0x7FFFFFFF).to(tl.int32) >= drop[1]
-    return tl.where(keep, x * drop[2], 0.0)
+    column of token positions, either way round. drop = (folded seed, dropout * 2^31, 1 / (1 - dropout))."""
+    seed, threshold, gain = drop
+    row = _mix_triton(_mix_triton(query.to(tl.uint32) ^ seed.to(tl.uint32)) + head.to(tl.uint32) * 0x3C6EF372)
+    keep = (_mix_triton(row ^ key.to(tl.uint32)) & 0x7FFFFFFF).to(tl.int32) >= threshold
+    return tl.where(keep, x * gain, 0.0)

@@ -48,14 +48,16 @@ from kernels.support import CHECK_VALUES, choose_backend, jit, table_of_device, 
 WORKSPACE_BYTES = 512 << 20      # most that the torch path keeps from forward for backward; beyond it, recompute
 CHUNK_BYTES = 8 << 20            # torch path: float32 logits of one chunk, in L3; a row of them in L1
 GPU_CHUNK_BYTES = 256 << 20      # triton path: dlogits of one chunk
+RULED_OUT = -1e30                # a logit of -inf: weight 0, and finite, so 0 * it is 0
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 def check_arguments(name, x, weight, bias, target, backend):
     """-> the backend to use and the dtype of its matmuls, or one clear ValueError."""
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"{name}: x [N, D] and weight [V, D] do not fit: {list(x.shape)} and {list(weight.shape)}")
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not len(weight):
+        raise ValueError(f"{name}: x [N, D] and weight [V, D], V at least 1, do not fit: {list(x.shape)} and "
+                         f"{list(weight.shape)}")
     if not x.is_floating_point() or not weight.is_floating_point():
         raise ValueError(f"{name}: x and weight must be floating point, not {x.dtype} and {weight.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
@@ -72,7 +74,7 @@ def check_arguments(name, x, weight, bias, target, backend):
     return backend, dtype
 
 
-def save_for_backward(parts, x, weight, bias, dtype):
+def keep_workspace(parts, x, weight, bias, dtype):
     """Keep the [N, V] workspace from forward only when a gradient will be asked for and it stays within bounds."""
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return needed and parts * len(x) * len(weight) * dtype.itemsize <= WORKSPACE_BYTES
@@ -153,8 +155,14 @@ def saved_chunk(saved, rows, n, start, end, part=0):
     return vocabulary_part[rows * start:rows * start + n * (end - start)].view(n, end - start)
 
 
+def bias_of(bias, start, end, dtype):
+    """A chunk of the bias. It may rule out classes by -inf, which becomes a finite number here: the largest logit of a
+    tile or chunk that has no other class would be -inf, and -inf - -inf is NaN."""
+    return None if bias is None else bias[start:end].to(dtype).clamp_min(RULED_OUT)
+
+
 def add_bias(logits, bias, start, end):
-    return logits if bias is None else logits.add_(bias[start:end])
+    return logits if bias is None else logits.add_(bias_of(bias, start, end, logits.dtype))
 
 
 # --------------------------------------------------------------------------------------------- Triton: tiles of logits
@@ -162,8 +170,8 @@ def add_bias(logits, bias, start, end):
 # offsets within it: N * V passes 2^31, and a tile of 64-bit offsets would take half the registers. Rows and columns
 # of loads are clamped into range instead of masked; what lies outside is masked where it would count.
 
-OUTSIDE = tl and tl.constexpr(-1e30)     # a logit past the vocabulary's end: weight 0, and finite, so 0 * it is 0
-NEVER = tl and tl.constexpr(1e30)        # the logsumexp of a row that does not count: softmax 0
+OUTSIDE = tl and tl.constexpr(RULED_OUT)     # a logit past the vocabulary's end
+NEVER = tl and tl.constexpr(1e30)            # the logsumexp of a row that does not count: softmax 0
 
 
 @jit
@@ -173,9 +181,10 @@ def tile(N, C, BM: tl.constexpr, BN: tl.constexpr):
     row_block, col_block = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
     return row_block, col_block, tl.arange(0, BM) < N - row_block * BM, tl.arange(0, BN) < C - col_block * BN
 
+
 @jit
 def tile_logits(x_ptr, w_ptr, b_ptr, row_block, col_block, N, C, D: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+                PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     rows = tl.minimum(tl.arange(0, BM), N - 1 - row_block * BM)
     cols = tl.minimum(tl.arange(0, BN), C - 1 - col_block * BN)
     k = tl.arange(0, BK)
@@ -193,11 +202,13 @@ def tile_logits(x_ptr, w_ptr, b_ptr, row_block, col_block, N, C, D: tl.constexpr
         logits += tl.load(b_ptr + col_block * BN + cols)[None, :].to(tl.float32)
     return logits
 
+
 @jit
 def target_column(target, first_class, col_block, C, ignore_index, BN: tl.constexpr):
     """-> the target's column in this tile [BM] int32, and whether it lies in this tile."""
     local = (target - first_class).to(tl.int32) - col_block * BN
     return local, (target != ignore_index) & (local >= 0) & (local < tl.minimum(BN, C - col_block * BN))
+
 
 @jit
 def tile_logsumexp(logits):
@@ -219,10 +230,11 @@ def logits_keeping_target(x_ptr, w_ptr, b_ptr, target, target_logit_ptr, row, ro
 
 @jit
 def store_dlogits(d, out_ptr, db_ptr, row_block, col_block, row_in, col_in, out_stride, HAS_BIAS: tl.constexpr,
-                   BM: tl.constexpr, BN: tl.constexpr):
+                  BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of dlogits into out [N, C], its sums over rows into db [row blocks, C]."""
     r, c = tl.arange(0, BM), tl.arange(0, BN)
-    tile = out_ptr + row_block.to(tl.int64) * BM * out_stride + col_block * BN
-    tl.store(tile + r[:, None] * out_stride + c[None, :], d.to(out_ptr.dtype.element_ty),
+    corner = out_ptr + row_block.to(tl.int64) * BM * out_stride + col_block * BN
+    tl.store(corner + r[:, None] * out_stride + c[None, :], d.to(out_ptr.dtype.element_ty),
              row_in[:, None] & col_in[None, :])
     if HAS_BIAS:
         tl.store(db_ptr + row_block.to(tl.int64) * out_stride + col_block * BN + c, tl.sum(d, 0), col_in)
@@ -272,9 +284,9 @@ def live_rows(x, target, ignore_index, dtype):
     return torch.where((target != ignore_index)[:, None], x, 0).to(dtype).contiguous()
 
 
-def part_of(tensor, start, end, dtype=None):
+def weight_of(weight, start, end, dtype):
     """A chunk of a weight in the matmuls' dtype, so that the whole is never copied (V = 250k, D = 384: 192 MB)."""
-    return None if tensor is None else tensor[start:end].to(dtype or tensor.dtype).contiguous()
+    return weight[start:end].to(dtype).contiguous()
 
 
 def matmul(a, b, out=None):
@@ -294,12 +306,12 @@ def gradients_by_chunk(x, weight, bias, target, ignore_index, dtype, need_weight
     chunks = vocabulary_chunks(rows, vocabulary, "triton", dtype)
     widest = -(-(chunks[0][2] - chunks[0][1]) // 128) * 128
     dlogits = torch.empty(rows, widest, dtype=dtype, device=x.device)
-    db_parts = torch.empty(-(-rows // block[0]), widest, device=x.device)
-    dx = torch.zeros(rows, width, device=x.device)
+    db_parts = torch.empty(-(-rows // block[0]), widest, dtype=torch.float32, device=x.device)
+    dx = torch.zeros(rows, width, dtype=torch.float32, device=x.device)
     dw, db = empty_weight_gradients(weight, bias, need_weight)
     for _, start, end in chunks:
-        w = part_of(weight, start, end, dtype)
-        fill(start, end, xs, w, part_of(bias, start, end), dlogits, db_parts)
+        w = weight_of(weight, start, end, dtype)
+        fill(start, end, xs, w, bias_of(bias, start, end, torch.float32), dlogits, db_parts)
         chunk = dlogits[:, :end - start]
         dx += matmul(chunk, w)
         if need_weight:
