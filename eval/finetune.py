@@ -274,7 +274,7 @@ def fit(encoder, task, train, dev, lr, seed, steps, tokens=8192, dtype=torch.flo
             done = step + 1
             if dev is not None and (done % every == 0 or done == steps):
                 score = evaluate(net, task, *dev, tokens, dtype)[0]
-                since = 0 if score > best else since + 1
+                since = 0 if score > best or best <= 0 else since + 1    # 0: nothing learnt yet, which is no plateau
                 if score > best:
                     best, best_state = score, {k: v.clone() for k, v in net.state_dict().items()}
                 if since >= PATIENCE:
@@ -365,11 +365,16 @@ def plan(wanted, seconds, step, look, test, workers=1):
     options = [(wanted.rates, wanted.seeds, 2)]
     options += [(wanted.rates[-1:], n, 4) for n in range(wanted.seeds, 0, -1)]
     for rates, seeds, part in options:
-        waves = -(-len(rates) // workers) + -(-(seeds - 1) // workers)
+        waves = _waves(len(rates), seeds, workers)
         steps = int(((seconds - seeds * share * test) / waves - CHECKS * look) / step)
         if steps >= wanted.steps / part:
             break
     return Plan(max(1, min(steps, wanted.steps)), rates, seeds, share)
+
+
+def _waves(rates, seeds, workers):
+    """How often `workers` runs at a time go on. A choice of rates has to be made before further seeds begin."""
+    return -(-seeds // workers) if rates == 1 else -(-rates // workers) + -(-(seeds - 1) // workers)
 
 
 def timings(encoder, task, train, dev, tokens, dtype):
@@ -393,11 +398,11 @@ def runs(encoder, task, train, dev, plan, tokens=8192, dtype=torch.float32, dead
          pool=None, workers=1):
     """Yield the Run of each seed; the learning rate is the best of the sweep on dev.
 
-    The sweep trains with the first seed only, and its best run is that seed's. `workers` runs go on at the same time,
+    The sweep trains with the first seed only, and its best run is that seed's; one rate needs none. `workers` runs go on at the same time,
     in the processes of `pool`; each such wave gets an equal share of the time that is left, so that a slow machine
     shortens all alike.
     """
-    waves = -(-len(plan.rates) // workers) + -(-(plan.seeds - 1) // workers)
+    waves = _waves(len(plan.rates), plan.seeds, workers)
 
     def trained(choices):
         """[(lr, seed)] -> their Runs, in order."""
@@ -412,6 +417,13 @@ def runs(encoder, task, train, dev, plan, tokens=8192, dtype=torch.float32, dead
             else:
                 yield from [future.result() for future in [pool.submit(fit, *arguments) for arguments in wave]]
 
+    if len(plan.rates) == 1:
+        found = trained([(plan.rates[0], seed) for seed in range(first_seed, first_seed + plan.seeds)])
+        first = next(found)
+        sweep = {first.lr: first.dev}
+        yield first, sweep
+        yield from ((run, sweep) for run in found)
+        return
     sweep = list(trained([(lr, first_seed) for lr in plan.rates]))
     best = max(sweep, key=lambda run: run.dev)
     sweep = {run.lr: run.dev for run in sweep}

@@ -181,7 +181,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
                 report.value["neutrality"][dataset.name] = neutrality.measure(
                     model, tokenizer, {code: splits["test"] for code, splits in found.items()}, prefix, dtype, say)
         report.write(out)                                  # what is done stays if the rest fails
-    pool, workers = finetune.pool(device, max(len(rates), seeds - 1), jobs)
+    pool, workers = finetune.pool(device, max(len(rates), seeds), jobs)
     with pool or contextlib.nullcontext():
         weights = [math.sqrt(tokens_wanted(t, tokenizer, model.config.max_length)) if budget and not like else 1.0
                    for t in trainings]

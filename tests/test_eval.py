@@ -356,6 +356,9 @@ def test_plan_cuts_in_the_order_it_says():
     some, few = (finetune.plan(wanted, seconds, 1.0, 2.0, 20.0) for seconds in (800, 400))
     assert some.rates == few.rates == (1e-3,) and (some.seeds, few.seeds) == (3, 2)
     assert min(some.steps, few.steps) >= 100
+    # Two at a time: with one rate the second seed costs no time.
+    assert finetune.plan(finetune.Plan(400, (1e-4,), 1), 300, 1.0, 2.0, 0.1, 2).steps == \
+        finetune.plan(finetune.Plan(400, (1e-4,), 2), 300, 1.0, 2.0, 0.1, 2).steps
 
 
 def test_training_data_are_found_or_made():
