@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from eval import report, run, statistics, tasks
+from objective import DISTILLATION
 from unibert import write_atomically
 
-DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
 # Name -> (title, train.py options over those of the whole recipe).
 RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | dict.fromkeys(DISTILLATION, 0.0)),
          "adversary": ("MLM + adversary", dict.fromkeys(DISTILLATION, 0.0)),

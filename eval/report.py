@@ -194,7 +194,6 @@ def verdict(cells, scores, notes, seed):
     differences = language_differences(scores)
     better = sum(d > 0 for d in differences)
     p_wilcoxon = statistics.wilcoxon(differences)[1]
-    p_values = [p_wilcoxon, statistics.permutation_test(differences, seed=seed)]
     yield (f"Per-language means, {len(differences)} languages, better in {better}: Wilcoxon p = {p_wilcoxon:.4g}, "
            f"paired permutation p = {statistics.permutation_test(differences, seed=seed):.4g}")
     if len(scores) > 1:

@@ -8,7 +8,6 @@ text in its own pieces, and is compared by sentence vectors, which need no commo
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data import BOS, EOS, UNK, encode_text, pack_sequences

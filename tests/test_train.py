@@ -21,7 +21,8 @@ import atlas
 import train
 from data import MASK, Corpus, Prefetcher, load_tokenizer, prepare
 from hub.reread import Reread
-from train import Objective, Run, TrainConfig, World, batch_counts, schedule
+from objective import Objective, batch_counts
+from train import Run, TrainConfig, World, schedule
 from unibert import UniBERT, UniBERTConfig, save_model, similarity_distillation
 from validation import evaluate
 

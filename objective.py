@@ -1,0 +1,133 @@
+"""What a student is trained on: masked language modelling, the language adversary, and the teacher, in one sum.
+
+`Objective.forward` gives sums over a micro-batch, `Objective.loss` weighs and adds them, each divided by its count over
+the global batch (`batch_counts`). The terms themselves are in unibert.py, their kernels in kernels/.
+"""
+from __future__ import annotations
+
+import typing
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import IGNORE, PackedBatch
+from hub.reread import Reread
+from unibert import (LanguageDiscriminator, UniBERT, hidden_distillation, mean_pool, positions_of, relation_distillation,
+                     similarity_distillation)
+
+if typing.TYPE_CHECKING:
+    import train
+
+# Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
+DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
+
+
+class Objective(nn.Module):
+    """The student and all that its losses need. `forward` returns sums, so that they can be divided by counts
+    over *all* ranks and micro-batches; `loss` is the one place where the parts are weighted and added."""
+
+    PARTS = ("mlm", "kd", "adv", "hidden", "relation", "sentence", "similarity", "correct")
+
+    def __init__(self, model: UniBERT, config: train.TrainConfig, prior: Tensor, teacher: UniBERT | None,
+                 reread: Reread | None = None):
+        super().__init__()
+        self.reread = reread
+        self.model, self.config = model, config
+        # A plain attribute, not a submodule: the teacher is not trained, saved or broadcast with the student.
+        object.__setattr__(self, "teacher", teacher)
+        hidden = model.config.hidden_size
+        self.adv_layer = config.adv_layer or (model.config.num_layers + 1) // 2
+        if self.adv_layer > model.config.num_layers:
+            raise ValueError(f"--adv-layer is {self.adv_layer}; the model has {model.config.num_layers} layers")
+        if teacher is not None and config.kd_relation_weight and hidden % teacher.config.num_heads:
+            raise ValueError(f"--kd-relation-weight cuts the student's {hidden} dimensions into as many heads as the teacher has, "
+                             f"and {hidden} is no multiple of {teacher.config.num_heads}; choose another --preset, or another weight")
+        self.register_buffer("prior", prior.float(), persistent=False)
+        self.discriminator = LanguageDiscriminator(hidden, len(prior)) if config.adv_weight else None
+        self.projection = None
+        if teacher is not None and (config.kd_hidden_weight or config.kd_sentence_weight or config.kd_similarity_weight):
+            # Equal widths need none, and then the student's own vectors end where the teacher's are.
+            wide = teacher.config.hidden_size
+            self.projection = nn.Identity() if wide == hidden else nn.Linear(hidden, wide)
+
+    def forward(self, batch: PackedBatch, strength: Tensor) -> Tensor:
+        """-> sums [8] fp32, in the order of PARTS. strength: the adversary's current lambda, a 0-d tensor."""
+        config, model, teacher = self.config, self.model, self.teacher
+        packed = (batch.tokens, batch.cu_seqlens, batch.max_seqlen)
+        states: list[Tensor] = []
+        hidden = model.encode(*packed, states=states)
+        rows, languages = hidden[batch.masked], self.token_languages(batch)
+        sums = dict.fromkeys(self.PARTS, hidden.new_zeros((), dtype=torch.float32))
+        if teacher is not None:
+            teacher_states: list[Tensor] = []
+            # Only its predictions at masked positions need a teacher that sees the masks; else it reads the whole text.
+            read = packed if config.kd_weight else (self.unmasked(batch), *packed[1:])
+            if self.reread is not None:
+                read = self.reread(*read[:2], teacher.config.max_length)
+            with torch.no_grad():
+                teacher_hidden = teacher.encode(*read, states=teacher_states)
+        if teacher is not None and config.kd_weight:
+            mlm, kl = model.distillation_loss(rows, batch.targets, teacher, teacher_hidden[batch.masked], config.kd_temperature)
+            sums["mlm"], sums["kd"] = mlm.sum(), kl.sum()
+        elif config.mlm_weight:
+            sums["mlm"] = model.mlm_loss(rows, batch.targets).sum()
+        if teacher is not None and config.kd_hidden_weight:
+            apart = hidden_distillation(self.projection(hidden), teacher_hidden)
+            sums["hidden"] = (apart * (languages != IGNORE)).sum()
+        if teacher is not None and config.kd_relation_weight:
+            apart = relation_distillation(model.blocks[-1].heads(states[-2]), teacher.blocks[-1].heads(teacher_states[-2]),
+                                          batch.cu_seqlens, batch.max_seqlen, teacher.config.num_heads)
+            sums["relation"] = (apart * (languages != IGNORE)).sum()
+        if teacher is not None and (config.kd_sentence_weight or config.kd_similarity_weight):
+            ours, theirs = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), mean_pool(teacher_hidden, read[1])
+            real = batch.languages != IGNORE
+            sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
+            if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
+                rows = batch.tokens.shape[0] // max(1024, config.max_length)
+                sums["similarity"] = similarity_distillation(ours.view(rows, -1, ours.shape[-1]), theirs.view(rows, -1, theirs.shape[-1]),
+                                                             real.view(rows, -1), config.kd_similarity_temperature).sum()
+        if self.discriminator is not None:
+            features = states[self.adv_layer]
+            if config.adv_level == "sequence":
+                features, languages = mean_pool(features, batch.cu_seqlens), batch.languages
+            cross_entropy, correct = self.discriminator.adversarial_loss(features, languages, strength, self.prior)
+            sums["adv"], sums["correct"] = cross_entropy.sum(), correct.sum().float()
+        return torch.stack([sums[name] for name in self.PARTS])
+
+    @staticmethod
+    def unmasked(batch: PackedBatch) -> Tensor:
+        """The batch's tokens [T] as they were before masking. (Unused slots point at position 0, never a masked one.)"""
+        before = torch.where(batch.targets != IGNORE, batch.targets, batch.tokens[batch.masked])
+        return batch.tokens.scatter(0, batch.masked, before)
+
+    @staticmethod
+    def token_languages(batch: PackedBatch) -> Tensor:
+        """The language of each token [T]; IGNORE in padding."""
+        segment, _ = positions_of(batch.cu_seqlens, batch.tokens.shape[0])
+        return F.pad(batch.languages, (0, 1), value=IGNORE)[segment]
+
+    def loss(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The training loss: sums of a micro-batch over counts [3] (masked, tokens, sequences) of the global batch.
+
+        The adversary enters with weight 1: its own parameters learn at full speed, and the encoder already gets
+        the gradient times -lambda by the reversal.
+        """
+        config, part = self.config, dict(zip(self.PARTS, sums))
+        masked, tokens, sequences = counts.clamp_min(1).unbind()
+        return ((config.mlm_weight * part["mlm"] + config.kd_weight * part["kd"]) / masked
+                + (config.kd_hidden_weight * part["hidden"] + config.kd_relation_weight * part["relation"]) / tokens
+                + (config.kd_sentence_weight * part["sentence"] + config.kd_similarity_weight * part["similarity"]) / sequences
+                + part["adv"] / (sequences if config.adv_level == "sequence" else tokens))
+
+
+def batch_counts(batches: list[PackedBatch], n_languages: int) -> np.ndarray:
+    """[3 + n_languages] float64: masked targets, tokens, sequences, and tokens of each language, padding apart."""
+    counts = np.zeros(3 + n_languages)
+    for batch in batches:
+        languages, lengths = batch.languages.numpy(), batch.cu_seqlens.diff().numpy()
+        real = (languages != IGNORE) & (lengths > 0)
+        counts[:3] += (batch.targets != IGNORE).sum().item(), lengths[real].sum(), real.sum()
+        counts[3:] += np.bincount(languages[real], lengths[real], n_languages)
+    return counts
