@@ -354,7 +354,7 @@ def plan(wanted, seconds, step, look, test, workers=1):
     """Cut the wanted Plan to `seconds` -> Plan. workers: runs at the same time.
 
     step: seconds of one training step; look: of one look at the dev score; test: of scoring everything once.
-    In this order: fewer steps, down to half; one learning rate, the last; fewer steps, down to a quarter; fewer seeds;
+    In this order: fewer steps, down to half; one learning rate, the last; fewer steps, down to a sixth; fewer seeds;
     fewer steps still. Before all that, the test splits shrink until scoring them with all seeds takes at most
     TESTING of the time.
     """
@@ -363,7 +363,7 @@ def plan(wanted, seconds, step, look, test, workers=1):
     seconds = max(1.0, 0.85 * seconds)                   # other work on the machine
     share = min(1.0, TESTING * seconds / (wanted.seeds * test))
     options = [(wanted.rates, wanted.seeds, 2)]
-    options += [(wanted.rates[-1:], n, 4) for n in range(wanted.seeds, 0, -1)]
+    options += [(wanted.rates[-1:], n, 6) for n in range(wanted.seeds, 0, -1)]
     for rates, seeds, part in options:
         waves = _waves(len(rates), seeds, workers)
         steps = int(((seconds - seeds * share * test) / waves - CHECKS * look) / step)
