@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IGNORE, PackedBatch
-from hub.reread import Reread
+from hub.reread import Remembered, Reread
 from unibert import (LanguageDiscriminator, UniBERT, hidden_distillation, mean_pool, positions_of, relation_distillation,
                      similarity_distillation)
 
@@ -33,7 +33,7 @@ class Objective(nn.Module):
     def __init__(self, model: UniBERT, config: train.TrainConfig, prior: Tensor, teacher: UniBERT | None,
                  reread: Reread | None = None):
         super().__init__()
-        self.reread = reread
+        self.reread, self.remembered = reread, Remembered(config.teacher_cache) if config.teacher_cache else None
         self.model, self.config = model, config
         # A plain attribute, not a submodule: the teacher is not trained, saved or broadcast with the student.
         object.__setattr__(self, "teacher", teacher)
@@ -60,14 +60,13 @@ class Objective(nn.Module):
         hidden = model.encode(*packed, states=states)
         rows, languages = hidden[batch.masked], self.token_languages(batch)
         sums = dict.fromkeys(self.PARTS, hidden.new_zeros((), dtype=torch.float32))
-        if teacher is not None:
+        token_terms = any(getattr(config, name) for name in DISTILLATION[:3])
+        if teacher is not None and token_terms:
             teacher_states: list[Tensor] = []
             # Only its predictions at masked positions need a teacher that sees the masks; else it reads the whole text.
-            read = packed if config.kd_weight else (self.unmasked(batch), *packed[1:])
-            if self.reread is not None:
-                read = self.reread(*read[:2], teacher.config.max_length)
+            text = batch.tokens if config.kd_weight else self.unmasked(batch)
             with torch.no_grad():
-                teacher_hidden = teacher.encode(*read, states=teacher_states)
+                teacher_hidden = teacher.encode(text, *packed[1:], states=teacher_states)
         if teacher is not None and config.kd_weight:
             mlm, kl = model.distillation_loss(rows, batch.targets, teacher, teacher_hidden[batch.masked], config.kd_temperature)
             sums["mlm"], sums["kd"] = mlm.sum(), kl.sum()
@@ -81,8 +80,8 @@ class Objective(nn.Module):
                                           batch.cu_seqlens, batch.max_seqlen, teacher.config.num_heads)
             sums["relation"] = (apart * (languages != IGNORE)).sum()
         if teacher is not None and (config.kd_sentence_weight or config.kd_similarity_weight):
-            ours, theirs = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), mean_pool(teacher_hidden, read[1])
-            real = batch.languages != IGNORE
+            ours, real = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), batch.languages != IGNORE
+            theirs = mean_pool(teacher_hidden, batch.cu_seqlens) if token_terms else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
                 rows = batch.tokens.shape[0] // max(1024, config.max_length)
@@ -95,6 +94,18 @@ class Objective(nn.Module):
             cross_entropy, correct = self.discriminator.adversarial_loss(features, languages, strength, self.prior)
             sums["adv"], sums["correct"] = cross_entropy.sum(), correct.sum().float()
         return torch.stack([sums[name] for name in self.PARTS])
+
+    @torch.no_grad()
+    def teacher_vectors(self, batch: PackedBatch) -> Tensor:
+        """What the teacher makes of each text as it was before masking [S, H'] fp32; empty ones give anything."""
+        texts = self.unmasked(batch), batch.cu_seqlens
+        return self.read(*texts) if self.remembered is None else self.remembered(*texts, self.read)
+
+    def read(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        longest = self.config.max_length
+        if self.reread is not None:
+            tokens, cu_seqlens, longest = self.reread(tokens, cu_seqlens, self.teacher.config.max_length)
+        return mean_pool(self.teacher.encode(tokens, cu_seqlens, longest), cu_seqlens)
 
     @staticmethod
     def unmasked(batch: PackedBatch) -> Tensor:

@@ -106,6 +106,8 @@ class TrainConfig:
     save_every: int = option(1000, "Steps between checkpoints.")
     compile: bool = option(False, "torch.compile the step: no Python between kernels.")
     cuda_graphs: bool = option(False, "With --compile, replay the step as CUDA graphs: no launches left to wait for.")
+    teacher_cache: int = option(0, "With sentence distillation alone, keep so many of the teacher's vectors: it reads a text once, "
+                                   "not once an epoch. A resumed run then agrees to rounding, not to the bit.")
     checkpoint_activations: bool = option(False, "Keep only each layer's input and compute the rest again: less memory, a third more work.")
     profile: bool = option(False, "Profile steps 5 to 7: OUT/trace.json and the ten dearest operations.")
     tensorboard: bool = option(False, "Also write event files into the run folder, if tensorboard is installed.")
@@ -117,7 +119,7 @@ class TrainConfig:
                      "kd_similarity_temperature", "max_epochs", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
-        for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every", *DISTILLATION):
+        for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every", "teacher_cache", *DISTILLATION):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         for name in ("mask_rate", "dropout", "warmup", "decay"):
@@ -127,12 +129,15 @@ class TrainConfig:
             raise ValueError(f"--seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.max_length < MIN_SEQUENCE or self.max_length > 1024 and self.max_length % MIN_SEQUENCE:
             raise ValueError(f"--max-length is {self.max_length}; it must be at least {MIN_SEQUENCE}, and above 1024 a multiple of that")
+        if self.teacher_cache and (self.compile or any(getattr(self, name) for name in DISTILLATION[:3])):
+            raise ValueError("--teacher-cache keeps sentence vectors: it goes with --kd-weight 0, --kd-sentence-weight or "
+                             "--kd-similarity-weight, and without --compile")
         if not all(part.strip().isdigit() for part in self.init_from_teacher.split(",") if self.init_from_teacher):
             raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
 
 
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",
-                 "cuda_graphs", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
+                 "cuda_graphs", "teacher_cache", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
 
 # What `python train.py` does when no --data is given: two minutes on two CPU cores.
 ATLAS_RECIPE = dict(preset="tiny", steps=300, tokens_per_batch=4096, micro_batch_tokens=2048, max_length=64, optimizer="muon",

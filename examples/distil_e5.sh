@@ -54,7 +54,7 @@ recipe=(--data "$out/data" --teacher "$out/teacher" --teacher-prefix "query: " -
         --max-length 64 --tokens-per-batch 4096 --alpha 0.5 --optimizer adamw --lr 1e-3 --decay 0.4 --eval-tokens 256
         --eval-every 1000000 --log-every 10 --save-every 200 --keep 1)
 adversary=(--adv-weight 0.05 --adv-level token)
-distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 1)
+distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 1 --teacher-cache 1000000)
 neither=(--adv-weight 0 --kd-weight 0)
 
 student() {  # NAME, options: train, or go on

@@ -3,14 +3,46 @@
 The pieces of a trimmed vocabulary are all pieces of the teacher's, but where a piece was dropped, a word is cut into
 others. Trimming multilingual-e5-small from 250,002 to 83,000 pieces cost it a sixth of its own retrieval accuracy
 (RESULTS.md), and a student of the trimmed teacher could not have been better. So the teacher stays whole, reads the same
-text in its own pieces, and is compared by sentence vectors, which need no common tokens.
+text in its own pieces, and is compared by sentence vectors, which need no common tokens. Such vectors do not change from
+epoch to epoch, so they can be kept (`Remembered`): most of a small student's step is its teacher's.
 """
 from __future__ import annotations
 
+import hashlib
+from typing import Callable
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from data import BOS, EOS, UNK, encode_text, pack_sequences
+
+
+class Remembered:
+    """Sentence vectors by text, so that a teacher reads a text once and not once an epoch. At most `limit`, in 16 bits.
+
+    A vector depends, in its last bits, on the batch that it was computed in, so a resumed run, which reads anew, goes on
+    with the same batches and nearly the same numbers, but not to the bit.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.vectors, self.asked, self.read = limit, {}, 0, 0
+
+    def __call__(self, tokens: Tensor, cu_seqlens: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """tokens [T], cu_seqlens [S + 1] -> [S, H] fp32; read(tokens, cu_seqlens) -> the vectors of texts that are new."""
+        texts = np.split(tokens.cpu().numpy(), cu_seqlens.cpu().numpy()[1:-1])
+        keys = [hashlib.blake2b(text.tobytes(), digest_size=16).digest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self.vectors}
+        found = {}
+        if new:
+            packed, ends, _ = pack_sequences([text.tolist() for text in new.values()])
+            rows = read(packed.to(tokens.device), ends.to(tokens.device)).to(torch.float16).cpu().numpy()
+            found = dict(zip(new, rows))
+            room = max(0, self.limit - len(self.vectors))
+            self.vectors |= {key: row.copy() for key, row in list(found.items())[:room]}
+        self.asked, self.read = self.asked + len(keys), self.read + len(new)
+        rows = np.stack([found[key] if key in found else self.vectors[key] for key in keys])
+        return torch.from_numpy(rows).to(tokens.device).float()
 
 
 class Reread:

@@ -230,6 +230,23 @@ def test_a_teacher_reads_the_text_anew(make_run, corpus):
     assert 0 < losses[0][6] and torch.allclose(*losses, rtol=0.1), losses
 
 
+def test_a_teacher_that_is_remembered_reads_each_text_once(make_run):
+    teacher = make_run(seed=5).model.eval()
+    options = dict(kd_weight=0.0, kd_sentence_weight=1.0, kd_similarity_weight=1.0, mlm_weight=0.0)
+    plain, cached, full = (make_run(teacher, **options, teacher_cache=n) for n in (0, 10_000, 3))
+    remembered = cached.objective.remembered
+    for step, new in ((0, True), (1, True), (0, False), (1, False)):
+        batch, = plain.micro_batches(step)
+        wanted = plain.objective(batch, torch.tensor(0.0))
+        read, asked = remembered.read, remembered.asked
+        for run in (cached, full):
+            torch.testing.assert_close(run.objective(batch, torch.tensor(0.0)), wanted, rtol=1e-3, atol=1e-4)
+        assert remembered.asked == asked + len(batch.languages) and (remembered.read > read) == new
+    assert len(full.objective.remembered.vectors) == 3 and len(remembered.vectors) == remembered.read
+    with pytest.raises(ValueError, match="--teacher-cache keeps sentence vectors"):
+        dataclasses.replace(TINY, kd_weight=1.0, teacher_cache=10)
+
+
 def test_similarity_distillation_is_zero_for_the_teacher_itself():
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
