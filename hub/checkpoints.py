@@ -26,10 +26,10 @@ from torch import Tensor
 
 from data import (BOS, EOS, FIRST_PIECE, Corpus, encode_text, list_sources, load_tokenizer, pack_sequences,
                   read_documents)
+from hub.vocabulary import (SentencePieceModel, WordPiece, choose_pieces, from_fairseq, is_ours, keep_pieces,
+                            load_vocabulary, read_tokenizer_json, read_vocabulary, read_wordpiece)
 from unibert import (UniBERT, UniBERTConfig, load_model, mean_pool, read_safetensors, refusals, save_model,
                      write_atomically)
-from hub.vocabulary import (SentencePieceModel, WordPiece, choose_pieces, from_fairseq, is_ours, keep_pieces,
-                        load_vocabulary, read_tokenizer_json, read_vocabulary, read_wordpiece)
 
 # ------------------------------------------------------------------------------------------- names of the tensors
 
@@ -146,7 +146,7 @@ def read_config(folder: Path) -> tuple[str, UniBERTConfig, int, int]:
         if config.get(name, default) != wanted:
             raise ValueError(f"{path}: {name} is {config.get(name, default)!r}; only {wanted!r} is supported")
 
-    if kind not in FAMILIES:
+    if str(kind) not in FAMILIES:
         raise ValueError(f"{path}: model_type is {kind!r}; known are {', '.join(FAMILIES)}")
     try:
         if kind == "modernbert":
@@ -164,7 +164,7 @@ def read_config(folder: Path) -> tuple[str, UniBERTConfig, int, int]:
                                  block="post", norm_eps=float(config.get("layer_norm_eps", 1e-12)))
     except KeyError as error:
         raise ValueError(f"{path}: has no {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if not 16 <= ours.head_dim <= 128:
         raise ValueError(f"{path}: heads of {ours.head_dim} numbers; kernels.attention takes 16 to 128")
@@ -178,7 +178,9 @@ def _modern_config(config: dict, path: Path, need) -> UniBERTConfig:
     every = int(config.get("global_attn_every_n_layers", 3))
     types = config.get("layer_types")
     if types is not None:
-        every = next((i for i in range(1, layers) if types[i] == "full_attention"), max(layers, 2))
+        every = next((i for i, kind in enumerate(types) if i and kind == "full_attention"), max(layers, 2))
+    if every < 1:
+        raise ValueError(f"{path}: global_attn_every_n_layers is {every}; it must be at least 1")
     pattern = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
     if types is not None and types != pattern:
         raise ValueError(f"{path}: layer_types does not turn to full attention at every n-th layer; not supported")
@@ -320,13 +322,15 @@ def new_folder(folder: Path, source: Path):
         raise ValueError(f"{folder}: is or holds the source; choose another name")
     if folder.exists() and not written_by_us(folder):
         raise ValueError(f"{folder}: exists and was not written by import, trim or export; choose another name")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("partial", "old"))
     partial.mkdir(parents=True)
     try:
         yield partial
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)             # so that at no moment half a folder goes by this name
         partial.rename(folder)
+        if old.exists():
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -56,7 +56,8 @@ class Reread:
 
         Empty and padding sequences become an empty text, so that sequence i stays sequence i. Texts are cut at max_length.
         """
-        sequences = np.split(tokens.cpu().numpy(), cu_seqlens.cpu().numpy()[1:-1])
+        bounds = cu_seqlens.tolist()
+        sequences = np.split(tokens[:bounds[-1]].cpu().numpy(), bounds[1:-1])
         texts = [self.ours.decode([t for t in ids if t > UNK]) for ids in (s.tolist() for s in sequences)]
         cut = [[BOS, *encode_text(self.theirs, self.prefix + text)[:max_length - 2], EOS] for text in texts]
         packed, ends, longest = pack_sequences(cut)

@@ -125,7 +125,7 @@ class SentencePieceModel:
             if number == TRAINER:
                 value = b"".join([raw for inner, _, raw in read_fields(value) if inner not in changed] +
                                  [write_field(*item) for item in changed.items()])
-            out.append(write_field(number, value) if isinstance(value, bytes) else write_field(number, value))
+            out.append(write_field(number, value))
         return b"".join(out)
 
 
@@ -294,12 +294,13 @@ def read_wordpiece(folder: Path | str) -> tuple[WordPiece, list[int]]:
         pieces = path.read_text(encoding="utf-8").split("\n")
         settings = Path(folder) / "tokenizer_config.json"
         config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    except (OSError, ValueError) as error:
+        options = (config.get("do_lower_case", True), config.get("strip_accents"),
+                   config.get("tokenize_chinese_chars", True))
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: its vocabulary cannot be read ({error})") from None
     pieces = [piece.removesuffix("\r") for piece in (pieces if pieces[-1] else pieces[:-1])]
     rows = _in_our_order(pieces, WORDPIECE_SPECIALS, path)
-    return WordPiece([pieces[i] for i in rows], config.get("do_lower_case", True), config.get("strip_accents"),
-                     config.get("tokenize_chinese_chars", True)), rows
+    return WordPiece([pieces[i] for i in rows], *options), rows
 
 
 # ---------------------------------------------------------------------------------------------------- both kinds
@@ -353,25 +354,28 @@ def read_tokenizer_json(path: Path | str):
     return SentencePieceModel(pieces, [(TRAINER, trainer), (NORMALIZER, settings)]), rows
 
 
+def vocabulary_file(folder: Path | str) -> Path:
+    """vocab.txt (WordPiece) or tokenizer.model (SentencePiece) of a model folder. ValueError where there is neither."""
+    for name in ("vocab.txt", "tokenizer.model"):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise ValueError(f"{folder}: no tokenizer.model and no vocab.txt, so this model cannot read text")
+
+
 def load_vocabulary(folder: Path | str):
     """The tokenizer of a model folder: a SentencePieceProcessor or a WordPiece. ValueError where there is none."""
-    folder = Path(folder)
-    if (folder / "vocab.txt").is_file():
-        return read_wordpiece(folder)[0]
-    if not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"{folder}: no tokenizer.model and no vocab.txt, so this model cannot read text")
-    return load_tokenizer(folder / "tokenizer.model")
+    path = vocabulary_file(folder)
+    return read_wordpiece(folder)[0] if path.name == "vocab.txt" else load_tokenizer(path)
 
 
-def read_vocabulary(folder: Path) -> SentencePieceModel | WordPiece:
+def read_vocabulary(folder: Path | str) -> SentencePieceModel | WordPiece:
     """The vocabulary of a model folder of ours, to be written elsewhere. Raises ValueError."""
-    if (folder / "vocab.txt").is_file():
+    path = vocabulary_file(folder)
+    if path.name == "vocab.txt":
         return read_wordpiece(folder)[0]
-    if not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"{folder}: no tokenizer.model and no vocab.txt; so it cannot read text")
-    model = SentencePieceModel.read(folder / "tokenizer.model")
+    model = SentencePieceModel.read(path)
     if not is_ours(model):
-        raise ValueError(f"{folder / 'tokenizer.model'}: ids 0-4 are not <s> <pad> </s> <unk> <mask>")
+        raise ValueError(f"{path}: ids 0-4 are not <s> <pad> </s> <unk> <mask>")
     return model
 
 

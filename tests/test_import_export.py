@@ -370,6 +370,9 @@ def truncated(folder):
     (lambda f: (f / "sentencepiece.bpe.model").write_bytes(b"junk"), "SentencePiece"),
     (changed(model_type="gpt2"), "model_type is 'gpt2'"), (changed(hidden_act="relu"), "hidden_act is 'relu'"),
     (changed(hidden_size=None), "no hidden_size"), (changed(num_attention_heads=5), "num_heads 5"),
+    (changed(model_type=["bert"]), "known are bert"),
+    (lambda f: [(f / name).write_text(text) for name, text in (("vocab.txt", "a"), ("tokenizer_config.json", "[]"))],
+     "its vocabulary cannot be read"),
     (changed(num_attention_heads=16), "head"), (changed(vocab_size=60), "config.json asks"),
     (changed(num_hidden_layers=4), "is missing"), (changed(num_hidden_layers=2), "surplus"),
     (tensor("bert.encoder.layer.1.output.dense.bias", None), "layer.1.output.dense.bias is missing"),
@@ -409,6 +412,33 @@ def test_only_folders_of_ours_are_replaced(tmp_path, tokenizer_file):
     for _ in range(2):
         assert CliRunner().invoke(checkpoints.import_command, [str(theirs), str(tmp_path / "ours")]).exit_code == 0
         assert CliRunner().invoke(export.export_command, [str(tmp_path / "run" / "final"), str(tmp_path / "out")]).exit_code == 0
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_a_whole_one(tmp_path, monkeypatch):
+    theirs, target = bert_folder(tmp_path / "theirs"), tmp_path / "ours"
+    assert CliRunner().invoke(checkpoints.import_command, [str(theirs), str(target)]).exit_code == 0
+    rmtree = checkpoints.shutil.rmtree
+
+    def killed(folder, **options):
+        monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
+        (Path(folder) / "config.json").unlink()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        with checkpoints.new_folder(target, theirs) as folder:
+            save_model(our_model("post"), folder)
+    assert load_model(target).config.block == "post"
+
+
+@pytest.mark.parametrize("settings, wanted", [
+    (dict(layer_types=["full_attention"]), "layer_types does not turn"), (dict(layer_types=5), "layer_types|iterable"),
+    (dict(global_attn_every_n_layers=0), "global_attn_every_n_layers is 0"), (dict(rope_parameters=[1]), "get")])
+def test_modernbert_settings_that_make_no_sense(tmp_path, settings, wanted):
+    config = dict(model_type="modernbert", vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+                  intermediate_size=32, max_position_embeddings=64)
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(ValueError, match=f"config.json: .*({wanted})"):
+        checkpoints.read_config(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- export

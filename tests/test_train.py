@@ -224,6 +224,8 @@ def test_a_teacher_reads_the_text_anew(make_run, corpus):
     _, longer, _ = Reread(tokenizer, tokenizer, "en: ")(clean, batch.cu_seqlens, 512)
     assert (longer.diff() > cu_seqlens.diff()).all()
     assert (reread.rows() == np.arange(corpus.vocab_size)).all()
+    shorter = batch.cu_seqlens.clamp(max=int(batch.cu_seqlens[real[1]]))         # what lies past the end is of no sequence
+    assert (reread(clean, shorter, 512)[1].diff()[real[1]:] == 2).all()
     losses = []
     for run.objective.reread in (None, reread):                          # two ways to read, nearly the same loss
         losses.append(run.objective(batch, torch.tensor(0.0)).detach())
