@@ -70,6 +70,14 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(data, one, tmp_pat
     assert largest < 1e-4
 
 
+def test_gradients_may_travel_in_16_bits(data, one, tmp_path):
+    process = start(data, tmp_path / "run", "--nproc", "2", "--reduce-dtype", "bfloat16")
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    apart = [abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, curve(tmp_path / "run")) if "loss" in a]
+    assert 0 < max(apart) < 0.02, apart  # rounded, and no worse
+
+
 def ranks_of(process):
     """Process ids of the trainers that torchrun started."""
     listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
