@@ -5,8 +5,6 @@ the global batch (`batch_counts`). The terms themselves are in unibert.py, their
 """
 from __future__ import annotations
 
-import typing
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,14 +12,9 @@ from torch import Tensor, nn
 
 from data import IGNORE, PackedBatch
 from hub.reread import Remembered, Reread
+from options import DISTILLATION, TrainConfig
 from unibert import (LanguageDiscriminator, UniBERT, hidden_distillation, mean_pool, positions_of, relation_distillation,
                      similarity_distillation)
-
-if typing.TYPE_CHECKING:
-    import train
-
-# Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
-DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
 
 
 class Objective(nn.Module):
@@ -30,7 +23,7 @@ class Objective(nn.Module):
 
     PARTS = ("mlm", "kd", "adv", "hidden", "relation", "sentence", "similarity", "correct")
 
-    def __init__(self, model: UniBERT, config: train.TrainConfig, prior: Tensor, teacher: UniBERT | None,
+    def __init__(self, model: UniBERT, config: TrainConfig, prior: Tensor, teacher: UniBERT | None,
                  reread: Reread | None = None):
         super().__init__()
         self.reread, self.remembered = reread, Remembered(config.teacher_cache) if config.teacher_cache else None

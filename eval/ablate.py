@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from eval import report, run, statistics, tasks
-from objective import DISTILLATION
+from options import ATLAS_RECIPE, DISTILLATION, TrainConfig
 from unibert import write_atomically
 
 # Name -> (title, train.py options over those of the whole recipe).
@@ -72,7 +72,6 @@ def read_config(path):
 
 def checked(config):
     """The options, folders made absolute. Raises ValueError for unknown ones and values that cannot be."""
-    from train import TrainConfig
     fields = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "seed"}
     for name, value in config.items():
         if name == "seed":
@@ -107,7 +106,7 @@ def ablate(config, out, names=tasks.TASKS, seeds=3, budget=None, limit=None, say
     names: tasks. budget: seconds of wall time; steps, seeds, learning rates and test examples are cut to fit, alike
     for all rungs. limit: at most so many examples of each split. Raises ValueError, in one line, for bad input.
     """
-    from train import ATLAS_RECIPE, atlas_corpus
+    from train import atlas_corpus
     out, on_atlas = Path(out).resolve(), "data" not in config
     config = checked(ATLAS_RECIPE | ATLAS_CHANGES | config if on_atlas else config)
     asked = {"config": config, "tasks": list(names), "seeds": seeds, "limit": limit,
@@ -156,7 +155,6 @@ class Ladder:
         Measured with MEASURED_STEPS steps of the dearest rung. In this order: fewer steps, down to half; fewer
         seeds; fewer steps still.
         """
-        from train import TrainConfig
         recipe = TrainConfig(**{k: v for k, v in self.config.items() if k not in FOLDERS})
         teacher_steps = 0 if "teacher" in self.config else recipe.teacher_steps
         seeds = self.state["asked"]["seeds"]

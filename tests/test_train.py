@@ -19,10 +19,11 @@ from click.testing import CliRunner
 
 import atlas
 import train
-from data import MASK, Corpus, Prefetcher, load_tokenizer, prepare
+from data import MASK, Corpus, load_tokenizer, prepare
 from hub.reread import Reread
 from objective import Objective, batch_counts
-from train import Run, TrainConfig, World, schedule
+from options import TrainConfig
+from train import Run, World, schedule
 from unibert import UniBERT, UniBERTConfig, save_model, similarity_distillation
 from validation import evaluate
 
