@@ -72,7 +72,7 @@ def read_manifest(folder):
     path = Path(folder) / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: not found; {folder} is no prepared corpus, or its preparation was interrupted "
                          "(run `python data.py prepare`)") from None
     except (ValueError, OSError) as error:
@@ -260,6 +260,11 @@ def sampling_probabilities(token_counts, alpha, budget_tokens=None, max_epochs=N
     n = np.asarray(token_counts, np.float64)
     if n.ndim != 1 or not np.all(n >= 0) or not n.sum() > 0:
         raise ValueError("token_counts must be one non-negative number a language, not all zero")
+    if not 0 <= alpha < np.inf:
+        raise ValueError(f"alpha is {alpha}; it must be 0 or more")
+    for name, value in (("budget of tokens", budget_tokens), ("cap on epochs", max_epochs)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"the {name} is {value:g}; it must be above 0")
     weight = np.where(n > 0, n ** alpha, 0.0)
     if budget_tokens is None or max_epochs is None:
         return weight / weight.sum()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from batches import SPLITS, UNK, load_tokenizer, memory_map, sampling_probabilities
+from batches import SPLITS, UNK, check_files, load_tokenizer, memory_map, sampling_probabilities
 from wiki.curate import PAGE_FILTERS
 
 # Why documents are dropped, in the order in which it is decided.
@@ -71,6 +71,8 @@ def sample_lines(folder, manifest, code):
     if code not in left_out and name not in manifest["files"]:
         raise ValueError(f"{folder}: holds no samples of {code!r}; its languages are "
                          f"{', '.join(manifest['languages'])}")
+    if code not in left_out:
+        check_files(folder, {"files": {name: manifest["files"][name]}})
     rows = left_out[code]["samples"] if code in left_out else json.loads((Path(folder) / name).read_text())
     dropped = (left_out.get(code) or manifest["languages"][code])["dropped"]
     lines = []

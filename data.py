@@ -497,7 +497,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, BrokenProcessPool) as error:
-            failure = click.ClickException(str(error))
+            told = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+            failure = click.ClickException(told)
             failure.exit_code = 2
             raise failure from None
 
@@ -531,12 +532,18 @@ def prepare_command(source, languages, near_duplicates, opening_text, limit, **o
     Dumps are MediaWiki XML or CirrusSearch JSON lines, plain or .bz2, .gz, .xz; their pages go through filters, which
     `inspect` counts. Run the same command again to continue after an interruption.
     """
-    languages = languages and [code.strip() for code in languages.split(",") if code.strip()]
+    if languages is not None:
+        languages = [code.strip() for code in languages.split(",") if code.strip()]
+        if not languages:
+            raise click.UsageError("--languages names none; write codes, as in ro,sw, or leave the option out")
     manifest = prepare(source, languages=languages, reading=Reading(limit, opening_text, near_duplicates), **options)
     head, rows = corpus_report.language_table(manifest, options["alpha"])
     click.echo(head)
     for row in rows if len(rows) <= 16 else [*rows[:8], "...", *rows[-8:]]:
         click.echo(row)
+
+
+ATLAS_MARK = Path("eval/ner/atlas")                # a folder that `data.py atlas` has written holds this
 
 
 @main.command("atlas")
@@ -545,6 +552,8 @@ def prepare_command(source, languages, near_duplicates, opening_text, limit, **o
 def atlas_command(out, seed):
     """Write the embedded atlas: OUT/text for prepare, OUT/eval with four tasks and retrieval for evaluation."""
     import atlas
+    if out.is_dir() and any(out.iterdir()) and not (out / ATLAS_MARK).is_dir():
+        raise ValueError(f"{out}: holds other files, which could be overwritten; choose another --out")
     sizes = atlas.write(out, seed)
     click.echo(f"{out}: {len(sizes)} languages, {sum(n for n, _ in sizes.values()):,} documents; see it with "
                f"`python data.py inspect {out}`")
@@ -560,7 +569,7 @@ def atlas_command(out, seed):
               help="Compare the tokenizer with this SentencePiece model, such as XLM-R's sentencepiece.bpe.model.")
 def inspect_command(folder, alpha, budget, max_epochs, sample, compare):
     """What a prepared folder, or the atlas as `data.py atlas` writes it, holds, language by language."""
-    if (folder / "eval").is_dir() and (folder / "text").is_dir():
+    if (folder / ATLAS_MARK).is_dir():
         import atlas
         return click.echo("\n".join(atlas.describe(folder)))
     manifest = read_manifest(folder)
@@ -569,7 +578,8 @@ def inspect_command(folder, alpha, budget, max_epochs, sample, compare):
     if compare:
         head, rows = corpus_report.comparison_table(folder, manifest, compare)
         return click.echo("\n".join([f"left: {folder / 'tokenizer.model'}, right: {compare}", head, *rows]))
-    budget = budget or sum(entry["train"]["tokens"] for entry in manifest["languages"].values())
+    if budget is None:
+        budget = sum(entry["train"]["tokens"] for entry in manifest["languages"].values())
     for head, rows in (corpus_report.page_table(manifest),
                        corpus_report.language_table(manifest, alpha, budget, max_epochs)):
         click.echo("\n".join([head, *rows, ""]))

@@ -122,7 +122,8 @@ def list_parts(source, languages=None, reading=Reading(), on_warning=print):
             on_warning(f"{source}: holds {len(downloads)} dumps of {code}, {', '.join(downloads)}; all are read, so "
                        "that pages that changed come twice: keep just one")
     if languages is not None and (missing := sorted(set(languages) - {part.language for part in parts})):
-        raise ValueError(f"{source}: holds no text for {', '.join(missing)}")
+        there = sorted({part.language for part in parts} | {code for code, _ in dumps if code})
+        raise ValueError(f"{source}: holds no text for {', '.join(missing)}; its languages are {', '.join(there) or 'unknown'}")
     if not parts:
         raise ValueError(f"{source}: holds no <code>.txt file (one language a file, blank line between documents) "
                          "and no Wikipedia dump")

@@ -112,15 +112,15 @@ def write(folder, seed=0, codes=None):
 
 def describe(folder):
     """What `write` put under `folder`: lines of text, a language each, then the sizes of the tasks."""
-    folder, sentences = Path(folder), 0
-    yield f"{'code':6}{'language':12}{'script':12}{'family':16}{'documents':>10}{'sentences':>10}{'characters':>11}"
+    folder, sentences, codes = Path(folder), 0, []
+    yield f"{'code':6}{'language':12}{'script':12}{'family':28}{'documents':>10}{'sentences':>10}{'characters':>11}"
     for path in sorted((folder / "text").glob("*.txt")):
         language, text = load(path.stem), path.read_text(encoding="utf-8")
         distinct = len({part for part in re.split(r"(?<=[.!?。？।።؟։;])\s*", text) if part.strip()})
         sentences += distinct
-        yield (f"{path.stem:6}{language.name:12}{language.script:12}{language.family:16}{text.count(chr(10) * 2) + 1:>10,}"
+        codes.append(path.stem)
+        yield (f"{path.stem:6}{language.name:12}{language.script:12}{language.family:28}{text.count(chr(10) * 2) + 1:>10,}"
                f"{distinct:>10,}{len(text):>11,}")
-    codes = languages()
     yield f"{len(codes)} languages, {len({load(c).script for c in codes})} scripts, {sentences:,} distinct sentences"
     for name, task in (("ner", ner), ("nli", nli), ("qa", qa), ("sts", sts)):
         sizes = {split: len(task("en", split)) for split in ("train", "dev", "test")} if name != "qa" else {

@@ -1,6 +1,7 @@
 """data.py and batches.py: the loader on corpora whose ids say where each token comes from; prepare on text from here."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,7 +510,12 @@ def test_bad_input_is_one_line(prepared, texts, tmp_path):
     assert "xx, yy" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--languages", "ro,yy,xx"))
     assert "README" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--tokenizer", ROOT / "README.md"))
     assert "too small" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--vocab-size", 300, "--workers", 1))
+    assert "its languages are" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--languages", "EN"))
+    assert "--languages names none" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--languages", ","))
+    for option, value in (("--alpha", "nan"), ("--budget", "0"), ("--budget", "nan"), ("--max-epochs", "-1")):
+        assert f"is {value}" in one_line(run("inspect", prepared, option, value))
     assert not (tmp_path / "d").exists() and not (tmp_path / "d.partial").exists()
+    assert "holds other files" in one_line(run("atlas", "--out", blank))     # its text/en.txt could be the user's
 
 
 def test_too_large_a_vocabulary_names_the_largest_that_fits(texts, tmp_path):
@@ -542,6 +548,12 @@ def test_damage_is_named(prepared, tmp_path, name, damage):
     with pytest.raises(ValueError, match=name):
         Corpus(folder)
     assert name in one_line(run("verify", folder))
+
+
+def test_damaged_samples_are_named(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "d")
+    cut(tmp_path / "d" / "ro.samples.json")
+    assert "ro.samples.json" in one_line(run("inspect", tmp_path / "d", "--sample", "ro"))
 
 
 def test_a_prepared_folder_is_replaced_only_when_asked(prepared, texts, tmp_path):

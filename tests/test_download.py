@@ -313,12 +313,13 @@ def test_retry_after_is_honoured(server, client, tmp_path):
         dl.fetch(client, one_file(server), tmp_path)
 
 
-def test_gives_up_in_one_line(server, client, tmp_path):
+def test_gives_up_in_one_line(server, client, tmp_path, capsys):
     file = one_file(server)
     server.faults["/d/a.bin"] = [("cut", 0)] * 20
     with pytest.raises(DownloadError, match="after 8 attempts without progress") as error:
         dl.fetch(client, file, tmp_path)
     assert "\n" not in str(error.value) and len(server.requests) == 8
+    assert "attempt 3 of 8 in" in capsys.readouterr().err                      # nobody waits before a silent terminal
     assert client.waits == sorted(client.waits) and client.waits[-1] > 30      # doubling, whatever the random share
     for status, message in ((404, "not there"), (403, "--contact"), (400, "status 400")):
         server.faults["/d/a.bin"] = [("status", status)]
@@ -377,6 +378,8 @@ def test_bad_input_is_one_line(server, tmp_path):
     for options, message in ((["--date", "yesterday"], "neither YYYYMMDD nor latest"),
                              (["--languages", "../x"], "not a Wikipedia code"),
                              (["--base-url", "ftp://x"], "not an http or https"),
+                             (["--base-url", "http://x:y"], "not an http or https"),
+                             (["--contact", "a\nb"], "goes into an HTTP header"),
                              (["--date", "20200101"], "nothing to download")):
         result = run(server, tmp_path, *options)
         assert result.exit_code == 2 and message in result.output, result.output

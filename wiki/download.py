@@ -80,8 +80,14 @@ class Client:
 
     def __init__(self, base_url=BASE_URL, contact=None, wait=1.0, sleep=time.sleep, hosts=()):
         parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:                                          # the port is no number
+            known = False
+        if not known:
             raise DownloadError(f"--base-url {base_url!r}: not an http or https address")
+        if contact and not (contact.isascii() and contact.isprintable()):
+            raise DownloadError(f"--contact {contact!r}: goes into an HTTP header; write an e-mail or web address in ASCII")
         self.base_url, self.host = base_url.rstrip("/"), parts.netloc
         self.hosts = {parts.netloc, *hosts}
         self.agent = f"{PROJECT} ({contact or 'no contact given'})"
@@ -135,6 +141,8 @@ class Client:
                 seconds = retry_after_seconds(retry_after, seconds)
                 if seconds > LONGEST_WAIT:
                     raise DownloadError(f"{url}: the server asks to wait {seconds:,.0f} s; run this again after that")
+            if attempt > 1:                                         # one failure is nothing; many look like standing still
+                click.echo(f"{url}: {reason}; attempt {attempt + 1} of {ATTEMPTS} in {seconds:.0f} s", err=True)
             self.sleep(min(seconds, LONGEST_WAIT))
 
     def read(self, url):
