@@ -26,8 +26,8 @@ How to read a table. A row is one implementation of one task, forward and backwa
   ours is    how many times as fast as this row ours is; in our own row, as the fastest peer.
 
 On a CPU all rows run with glibc told to keep freed memory (launch.keep_freed_memory), as train.py does: without it
-every one of them pays page faults for its large tensors. A peer's bf16 step is also timed before that, as a script of its
-own would run it; the ratio to that is printed below the table.
+every one of them pays page faults for its large tensors. A peer's bf16 step is also timed before that, as a script of
+its own would run it; the ratio to that is printed below the table.
 On a GPU the L2 cache is overwritten before every run and CUDA events give the time; on a CPU nothing is flushed.
 Peers that are not installed or need a GPU are named once and left out; a peer that fails is named with its message.
 """
@@ -184,7 +184,7 @@ _peaks: dict = {}
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square matmul, the ceiling for `% peak`: the best seen so far, for the machine may be shared."""
+    """FLOP/s of a large square matmul, the ceiling for `% peak`: the best seen so far, as the machine may be shared."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     clock = Clock(device)
@@ -234,8 +234,8 @@ def compare_steps(tables: list[tuple[Problem, list[Row]]], untouched: dict, repo
 
 
 def time_untouched(problems: list[Problem], clock: Clock) -> dict:
-    """{(dtype, name): ms} of each peer's bf16 step while glibc still returns freed memory; median of three, one warm-up.
-    (In fp32, where the products take most of the time, it made no difference: 5.1 s against 5.2 to 5.5.)"""
+    """{(dtype, name): ms} of each peer's bf16 step while glibc still returns freed memory; median of three after one
+    warm-up. (In fp32, where the products take most of the time, it made no difference: 5.1 s against 5.2 to 5.5.)"""
     return {(p.dtype, c.name): float(np.median([clock(c.run) for _ in range(4)][1:]))
             for p in problems for c in p.candidates if not c.ours and p.dtype == torch.bfloat16}
 

@@ -177,12 +177,13 @@ def tune(device: torch.device, clock: Callable, report: Callable, parts: list[st
 
 
 def tune_attention(table: int, device: torch.device, clock: Callable, report: Callable) -> None:
-    tokens, dtype, repeats = (65536, torch.bfloat16, 20) if device.type == "cuda" else (200, torch.float16, 1)
+    tokens, dtype, repeats = (65536, torch.bfloat16, 20) if device.type == "cuda" else (40, torch.float16, 1)
     report("For CONFIGS of kernels/attention.py:\n")
     for head_dim in (64, 32):
         key = (table, 2, head_dim)
-        long = packed_qkv(draw_lengths(max(1, tokens // 264), 16, min(512, tokens)), 12, head_dim, dtype, device)
-        short = packed_qkv(draw_lengths(max(1, tokens // 72), 16, 128), 12, head_dim, dtype, device)
+        qkv, cu, _ = packed_qkv(draw_lengths(max(1, tokens // 264), 16, min(512, tokens)), 12, head_dim, dtype, device)
+        long = qkv, cu, 512                            # longer than a block: dQ and dK/dV by a kernel each
+        short = packed_qkv(draw_lengths(max(1, tokens // 72), 16, min(128, tokens)), 12, head_dim, dtype, device)
 
         def run(packed, backward):
             qkv, cu, longest = packed

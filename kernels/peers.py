@@ -222,7 +222,7 @@ def cross_entropy_problem(n: int, v: int, d: int, dtype: torch.dtype, device: to
         candidate("cross_entropy(x @ W.T + b), eager", lambda x, w, b: plain_cross_entropy(x, w, b, target), each,
                   yardstick=True),
         candidate("the same, torch.compile", lambda x, w, b: compiled(x, w, b, target), each)]
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         chunked = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512)
         candidates.append(candidate("F.linear_cross_entropy, chunk 512", lambda x, w, b: F.linear_cross_entropy(
             x, w, target, linear_bias=b, options=chunked)))

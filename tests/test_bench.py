@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kernels import bench
+from kernels import bench, configurations
 from kernels.configurations import fastest, fault_of
 from kernels.peers import (Candidate, Problem, attention_problem, cross_entropy_problem, difference,
                            distillation_problem, draw_lengths, step_problems)
@@ -112,6 +112,23 @@ def test_tuning_takes_the_fastest_that_is_right():
     assert choose([(1,), (2,), (3,), (4,), (5,)]) == (5,) == state["pinned"]
     milliseconds[(2,)] = milliseconds[(5,)] = 9.9      # under 2%: noise is no reason to change what is pinned
     assert choose([(2,), (5,)]) == (1,) == state["pinned"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which has no wheel here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+def test_tuning_runs_what_it_would_time(monkeypatch):
+    """Every kernel once, in the interpreter, with a candidate pinned; and the lines to paste are rows of the tables."""
+    def first(pinned, candidates, pin, run, clock, repeats):
+        pin(candidates[-1])
+        assert all(t.isfinite().all() for t in run())
+    attention_file, losses = configurations.attention_file, configurations.linear_losses
+    for file in (attention_file, losses):
+        monkeypatch.setattr(file, "CONFIGS", dict(file.CONFIGS))
+    monkeypatch.setattr(configurations, "fastest", first)
+    report = Silent()
+    configurations.tune(CPU, bench.Clock(CPU), report, ["attention", "losses"])
+    rows = eval("{" + "\n".join(line for line in report.lines if line.startswith("    (")) + "}")
+    assert len(rows) == 6 and rows.items() <= (attention_file.CONFIGS | losses.CONFIGS).items()
 
 
 def test_faults():
