@@ -27,6 +27,9 @@ bandwidth and tensor cores are close, latency decides. One sequence of 8,192 tok
 the place for outcomes.
 
 Scores and softmax are fp32 in every backend. On a CPU: kernels/attention_torch.py. Dropout: kernels/dropout.py.
+
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # is it right? With a GPU: without TRITON_INTERPRET
+    python -m kernels.bench --only attention                           # is it fast?
 """
 from __future__ import annotations
 

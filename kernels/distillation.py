@@ -9,6 +9,9 @@ sum_v q_v (t_v - s_v) is a mean under q, so tiles and chunks of the vocabulary g
 these combine to the whole: student and teacher tiles are computed side by side, once for the losses and once for ds,
 and nothing V wide is kept for either. 6NDV + 2NEV FLOPs of work for a teacher of width E, 8NDV + 4NEV done.
 Memory traffic and how the chunks were chosen: kernels/linear_losses.py.
+
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # is it right? With a GPU: without TRITON_INTERPRET
+    python -m kernels.bench --only losses                              # is it fast?
 """
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ bench_losses() { "$PYTHON" -m kernels.bench --only losses; }
 step() {
     "$PYTHON" -m kernels.bench --only step || return 1
     if command -v ncu > /dev/null; then
-        echo "ncu, the three dearest kernels of the losses and those of attention:"
+        echo "ncu, each kernel of attention and of the losses once:"
         timeout 150 ncu --clock-control none --section SpeedOfLight --section Occupancy --section LaunchStats \
             --kernel-name 'regex:^_(ce|distill|forward|dq|dkv|short).*' --launch-count 12 "$PYTHON" - << 'PY' ||
 import torch

@@ -185,6 +185,7 @@ def tile(N, C, BM: tl.constexpr, BN: tl.constexpr):
 @jit
 def tile_logits(x_ptr, w_ptr, b_ptr, row_block, col_block, N, C, D: tl.constexpr, HAS_BIAS: tl.constexpr,
                 PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """x W^T + b of one tile [BM, BN], in float32; past the last row and column those are repeated."""
     rows = tl.minimum(tl.arange(0, BM), N - 1 - row_block * BM)
     cols = tl.minimum(tl.arange(0, BN), C - 1 - col_block * BN)
     k = tl.arange(0, BK)
@@ -212,6 +213,7 @@ def target_column(target, first_class, col_block, C, ignore_index, BN: tl.conste
 
 @jit
 def tile_logsumexp(logits):
+    """[BM, BN] -> [BM]."""
     top = tl.max(logits, 1)
     return top + tl.log(tl.sum(tl.exp(logits - top[:, None]), 1))
 

@@ -1,6 +1,6 @@
 """Every kernel against the float64 formula, forward and backward: attention first, then the losses.
 
-    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # -k attention or -k losses for a half
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # with a GPU: without TRITON_INTERPRET
 
 Without a GPU the Triton kernels run in Triton's interpreter (float32 and float16 only: its bf16 dot is wrong).
 That shows that the mathematics and the masks are right, not that the machine code is: with a GPU the same tests
