@@ -28,8 +28,8 @@ the place for outcomes.
 
 Scores and softmax are fp32 in every backend. On a CPU: kernels/attention_torch.py. Dropout: kernels/dropout.py.
 
-    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # is it right? With a GPU: without TRITON_INTERPRET
-    python -m kernels.bench --only attention                           # is it fast?
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py    # is it right? (without TRITON_INTERPRET on a GPU)
+    python -m kernels.bench --only attention                       # is it fast?
 """
 from __future__ import annotations
 

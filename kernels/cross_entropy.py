@@ -8,8 +8,8 @@ with label smoothing s, z-loss z and g = row_weight * the gradient of the row's 
 the logits of a chunk of classes are computed in forward for lse and again in backward for dlogits, and not kept.
 How that was chosen, memory traffic and predictions: kernels/linear_losses.py.
 
-    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # is it right? With a GPU: without TRITON_INTERPRET
-    python -m kernels.bench --only losses                              # is it fast?
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py    # is it right? (without TRITON_INTERPRET on a GPU)
+    python -m kernels.bench --only losses                          # is it fast?
 """
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def linear_cross_entropy(x, weight, bias, target, ignore_index=-100, z_loss=0.0,
     """Cross-entropy of softmax(x @ weight.T + bias) against target, one loss a row.
 
     x [N, D], weight [V, D], bias [V] or None (-inf rules a class out), target [N] int64: a class, or ignore_index,
-    which gives exactly 0 and no gradient. row_weight [N] float32 multiplies the rows (a constant: no gradient flows to it).
+    which gives exactly 0 and no gradient. row_weight [N] float32 multiplies the rows (a constant: no gradient to it).
     loss = row_weight * ((1 - label_smoothing) * nll + label_smoothing * mean over V of nll + z_loss * lse^2).
     Returns the loss [N] in float32 (float64 for float64 x without autocast).
     Matmuls run in the autocast dtype under torch.autocast, else in x.dtype; sums, softmax and the accumulation of

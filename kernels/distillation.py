@@ -10,8 +10,8 @@ these combine to the whole: student and teacher tiles are computed side by side,
 and nothing V wide is kept for either. 6NDV + 2NEV FLOPs of work for a teacher of width E, 8NDV + 4NEV done.
 Memory traffic and how the chunks were chosen: kernels/linear_losses.py.
 
-    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py        # is it right? With a GPU: without TRITON_INTERPRET
-    python -m kernels.bench --only losses                              # is it fast?
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_kernels.py    # is it right? (without TRITON_INTERPRET on a GPU)
+    python -m kernels.bench --only losses                          # is it fast?
 """
 from __future__ import annotations
 
@@ -305,8 +305,8 @@ def linear_distillation(x, weight, bias, target, teacher_x, teacher_weight, teac
     if len(teacher_weight) != len(weight) or teacher_x.device != x.device:
         raise ValueError(f"linear_distillation: teacher and student need one vocabulary and one device, not "
                          f"{len(teacher_weight)} on {teacher_x.device} and {len(weight)} on {x.device}")
-    if not temperature > 0:
-        raise ValueError(f"linear_distillation: temperature must be positive, not {temperature}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"linear_distillation: temperature must be positive and finite, not {temperature}")
     teacher = teacher_x.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
     if backend == "reference":
         return reference(x, weight, bias, target, *teacher, temperature, ignore_index, dtype)

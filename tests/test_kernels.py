@@ -828,8 +828,9 @@ def test_bad_arguments_raise_one_line():
         linear_distillation(x, weight, bias, target, teacher[0], teacher[1][:9], None)
     with pytest.raises(ValueError, match="teacher.*target must be"):
         linear_distillation(x, weight, bias, target, teacher[0][:3], *teacher[1:])
-    with pytest.raises(ValueError, match="temperature"):
-        linear_distillation(x, weight, bias, target, *teacher, temperature=0.0)
+    for temperature in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            linear_distillation(x, weight, bias, target, *teacher, temperature=temperature)
     with pytest.raises(ValueError, match=r"target\[1\] = 99"):
         linear_distillation(x, weight, bias, torch.tensor([1, 99, 2, 3]), *teacher)
     if support.triton is not None and not torch.cuda.is_available():
