@@ -132,12 +132,21 @@ def load_checked(folder: str, device: str):
     return load(folder, device)
 
 
+def utf8(ctx, param, value):
+    """Arguments as a terminal of another encoding gives them hold what is no text."""
+    try:
+        "".join(value).encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("not UTF-8 text; set the terminal to UTF-8") from None
+    return value
+
+
 @click.command("fill-mask")
 @MODEL
 @DEVICE
 @click.option("--top", default=5, type=click.IntRange(1), show_default=True, help="Pieces to show for each mask.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines for people.")
-@click.argument("text")
+@click.argument("text", callback=utf8)
 def fill_mask_command(folder, device, top, as_json, text):
     """The most probable pieces for each [MASK] in TEXT."""
     with refusals():
@@ -177,8 +186,8 @@ def embed_command(folder, device, prefix, normalize):
 @MODEL
 @DEVICE
 @PREFIX
-@click.argument("text")
-@click.argument("others", nargs=-1, required=True)
+@click.argument("text", callback=utf8)
+@click.argument("others", nargs=-1, required=True, callback=utf8)
 def similarity_command(folder, device, prefix, text, others):
     """Cosine similarity of TEXT to each of OTHERS, the most similar first."""
     with refusals():

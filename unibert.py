@@ -61,9 +61,11 @@ class UniBERTConfig:
     def __post_init__(self):
         if self.block not in ("modern", "post"):
             raise ValueError(f"block is {self.block!r}; it must be 'modern' or 'post'")
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length", "global_every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
             raise ValueError(f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number")
 
