@@ -38,7 +38,7 @@ class Duration(click.ParamType):
 
     def convert(self, value, param, ctx):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", value)
-        if not match:
+        if not match or not float(match[1]):
             self.fail(f"{value!r} is no duration; write 90s, 30m or 2h", param, ctx)
         return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
@@ -127,6 +127,8 @@ def compare_command(baseline, candidate):
 def ablate_command(path, out, **options):
     """MLM; + adversary; + distillation; all: pretrain and evaluate the four on one budget."""
     from eval import ablate
+    if "neutrality" in options["names"]:
+        raise click.BadParameter("neutrality is no task with a score to compare; leave it out", param_hint="--tasks")
     click.echo(ablate.ablate(ablate.read_config(path) if path else {}, out, say=click.echo, **options))
     click.echo(f"written: {out}/ablation.md")
 

@@ -38,7 +38,8 @@ def load(path):
         needed = [(value, "data", "notes", "seconds"), (value["model"], "path", "parameters", "sha256"),
                   (value["settings"], "dtype", "device"),
                   *((t, "task", "data", "source", "steps", "seeds", "sweep", "share_of_test", "dev_examples")
-                    for t in value["training"])]
+                    for t in value["training"]),
+                  *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values())]
         for part, *keys in needed:
             for key in keys:
                 part[key]                                                             # noqa: B018

@@ -79,7 +79,8 @@ def find(data, task):
         elif name.split("/")[0] == task:
             raise ValueError(f"{data / 'tasks.json'}: {name}: no such folder there, and no \"folder\" given")
     if not found:
-        raise ValueError(f"{data}: no data for {task}; expected files below {root}")
+        inside = f"; {data / 'eval'} has some" if (data / "eval" / task).is_dir() else ""   # `data.py atlas` writes text/ too
+        raise ValueError(f"{data}: no data for {task}; expected files below {root}{inside}")
     return [DataSet(name, task, folder, **{k: v for k, v in settings.get(name, {}).items() if k != "folder"})
             for name, folder in sorted(found.items())]
 

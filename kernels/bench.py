@@ -337,8 +337,10 @@ def run_all(parts: list[str], quick: bool, device: torch.device, report: Report)
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write what is printed to this file.")
 def main(quick, only, compile_only, arch, tuning, out):
     """Compare the kernels and the training step with their peers."""
-    if out and not pathlib.Path(out).absolute().parent.is_dir():
-        raise click.UsageError(f"--out {out}: there is no folder {pathlib.Path(out).parent}")
+    if out and not os.access(pathlib.Path(out).absolute().parent, os.W_OK):
+        raise click.UsageError(f"--out {out}: {pathlib.Path(out).parent} is not a folder that can be written to")
+    if compile_only and (tuning or quick or only):
+        raise click.UsageError("--compile-only goes with --arch and --out alone: it compiles everything, and times nothing")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report, parts = Report(), [only] if only else ["attention", "losses", "step"]
     if compile_only:

@@ -151,7 +151,8 @@ def test_one_configuration_of_each_kind_compiles_for_hopper():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--compile-only", "--arch", "sm_9"], "known are sm_80"),
-    (["--out", "nowhere/at/all.md"], "there is no folder"),
+    (["--out", "nowhere/at/all.md"], "is not a folder that can be written to"),
+    (["--compile-only", "--tune"], "goes with --arch and --out alone"),
     (["--only", "everything"], "is not one of")])
 def test_bad_arguments_get_one_line(arguments, message):
     result = CliRunner().invoke(bench.main, arguments)

