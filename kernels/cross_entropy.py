@@ -284,6 +284,7 @@ def linear_cross_entropy(x, weight, bias, target, ignore_index=-100, z_loss=0.0,
     Matmuls run in the autocast dtype under torch.autocast, else in x.dtype; sums, softmax and the accumulation of
     gradients are float32. Gradients come back in the dtype of their tensor, so a float32 master weight gets float32;
     it is cast chunk by chunk, never whole. (Plain PyTorch rounds each finished sum of a CPU matmul to that dtype.)
+    On a GPU dlogits are stored in 16 bits: float16 needs a scaled loss, as anywhere, bfloat16 does not.
     Raises ValueError for arguments that do not fit together, and for targets out of range: on the CPU always, on a
     GPU only under UNIBERT_CHECK=1, since looking would wait for the device.
     """
