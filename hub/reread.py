@@ -18,6 +18,12 @@ from torch import Tensor
 from data import BOS, EOS, UNK, encode_text, pack_sequences
 
 
+def split_sequences(tokens: Tensor, cu_seqlens: Tensor) -> list[np.ndarray]:
+    """The S sequences of a packed batch; tokens after the last belong to none."""
+    bounds = cu_seqlens.tolist()
+    return np.split(tokens[:bounds[-1]].cpu().numpy(), bounds[1:-1])
+
+
 class Remembered:
     """Sentence vectors by text, so that a teacher reads a text once and not once an epoch. At most `limit`, in 16 bits.
 
@@ -30,7 +36,7 @@ class Remembered:
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """tokens [T], cu_seqlens [S + 1] -> [S, H] fp32; read(tokens, cu_seqlens) -> the vectors of texts that are new."""
-        texts = np.split(tokens.cpu().numpy(), cu_seqlens.cpu().numpy()[1:-1])
+        texts = split_sequences(tokens, cu_seqlens)
         keys = [hashlib.blake2b(text.tobytes(), digest_size=16).digest() for text in texts]
         new = {key: text for key, text in zip(keys, texts) if key not in self.vectors}
         found = {}
@@ -56,9 +62,7 @@ class Reread:
 
         Empty and padding sequences become an empty text, so that sequence i stays sequence i. Texts are cut at max_length.
         """
-        bounds = cu_seqlens.tolist()
-        sequences = np.split(tokens[:bounds[-1]].cpu().numpy(), bounds[1:-1])
-        texts = [self.ours.decode([t for t in ids if t > UNK]) for ids in (s.tolist() for s in sequences)]
+        texts = [self.ours.decode(ids[ids > UNK].tolist()) for ids in split_sequences(tokens, cu_seqlens)]
         cut = [[BOS, *encode_text(self.theirs, self.prefix + text)[:max_length - 2], EOS] for text in texts]
         packed, ends, longest = pack_sequences(cut)
         return packed.to(tokens.device), ends.to(tokens.device), longest

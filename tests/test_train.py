@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import atlas
 import train
 from data import MASK, Corpus, load_tokenizer, prepare
-from hub.reread import Reread
+from hub.reread import Remembered, Reread
 from objective import Objective, batch_counts
 from options import TrainConfig
 from train import Run, World, schedule
@@ -227,6 +227,13 @@ def test_a_teacher_reads_the_text_anew(make_run, corpus):
     assert (reread.rows() == np.arange(corpus.vocab_size)).all()
     shorter = batch.cu_seqlens.clamp(max=int(batch.cu_seqlens[real[1]]))         # what lies past the end is of no sequence
     assert (reread(clean, shorter, 512)[1].diff()[real[1]:] == 2).all()
+    asked = []
+
+    def read(tokens, cu_seqlens):
+        asked.append(len(tokens))
+        return torch.zeros(len(cu_seqlens) - 1, 4)
+    Remembered(9)(clean, shorter, read)
+    assert asked == [int(shorter[-1])]
     losses = []
     for run.objective.reread in (None, reread):                          # two ways to read, nearly the same loss
         losses.append(run.objective(batch, torch.tensor(0.0)).detach())
