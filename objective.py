@@ -125,6 +125,12 @@ class Objective(nn.Module):
                 + (config.kd_sentence_weight * part["sentence"] + config.kd_similarity_weight * part["similarity"]) / sequences
                 + part["adv"] / (sequences if config.adv_level == "sequence" else tokens))
 
+    def teacher_terms(self, part: dict[str, float], masked: float, tokens: float, sequences: float) -> dict[str, float]:
+        """Sums and counts of a global batch -> the mean of each of the teacher's terms in use, under its name in the log."""
+        counts = dict(kd=masked, hidden=tokens, relation=tokens, sentence=sequences, similarity=sequences)
+        return {f"{name}_loss": part[name] / counts[name] for name, weight in zip(counts, DISTILLATION)
+                if self.teacher is not None and getattr(self.config, weight)}
+
 
 def batch_counts(batches: list[PackedBatch], n_languages: int) -> np.ndarray:
     """[3 + n_languages] float64: masked targets, tokens, sequences, and tokens of each language, padding apart."""

@@ -238,9 +238,7 @@ class Run:
             self.adv_loss = c["adv"] / units if finite else self.adv_loss
             record |= {"adv_loss": c["adv"] / units, "discriminator_accuracy": c["correct"] / units,
                        "chance": max(per_language) / tokens, "lambda": strength.item()}
-        if config.kd_weight and self.objective.teacher is not None:
-            record["kd_loss"] = c["kd"] / masked
-        return record | dict(lr=config.lr * factor, grad_norm=values[-len(norms)], tokens_seen=self.tokens_seen,
+        return record | self.objective.teacher_terms(c, masked, tokens, sequences) | dict(lr=config.lr * factor, grad_norm=values[-len(norms)], tokens_seen=self.tokens_seen,
                              skipped_steps=self.skipped)
 
     # ---- the loop
@@ -331,8 +329,8 @@ class Run:
         if "validation" in record:
             return click.echo(f"step {record['step']:6d}  validation mlm {record['validation']['mlm_loss']:.3f}")
         line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}  mlm {record['mlm_loss']:.3f}"
-        if "kd_loss" in record:
-            line += f"  kd {record['kd_loss']:.3f}"
+        line += "".join(f"  {name.removesuffix('_loss')} {value:.3f}" for name, value in record.items()
+                        if name.endswith("_loss") and name not in ("mlm_loss", "adv_loss"))  # the teacher's terms
         if "adv_loss" in record:
             line += (f"  adv {record['adv_loss']:.3f} (names {record['discriminator_accuracy']:.1%} of languages, "
                      f"chance {record['chance']:.1%})")

@@ -125,6 +125,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos.to(x.dtype), torch.cat([-second, first], dim=-1), sin.to(x.dtype))
 
 
+def norm(config: UniBERTConfig, bias: bool) -> nn.Module:
+    """The norm of every place in the model, over the last dimension."""
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=bias)
+
+
 class Block(nn.Module):
     """What both forms share: one fused projection to queries, keys and values, attention, output projection."""
 
@@ -133,8 +138,8 @@ class Block(nn.Module):
         self.num_heads, self.dropout = config.num_heads, config.dropout
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=bias)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=bias)
+        self.attention_norm = norm(config, bias)
+        self.mlp_norm = norm(config, bias)
 
     def heads(self, x: Tensor) -> Tensor:
         """x [T, H] -> queries, keys and values before any rotation [T, 3, heads, head_dim]."""
@@ -199,11 +204,11 @@ class UniBERT(nn.Module):
             self.final_norm = nn.Identity()
         else:
             self.blocks = nn.ModuleList(ModernBlock(config, first=i == 0) for i in range(config.num_layers))
-            self.final_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=False)
-        self.embedding_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=bias)
+            self.final_norm = norm(config, bias=False)
+        self.embedding_norm = norm(config, bias)
         if config.mlm_head:
             self.head_dense = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-            self.head_norm = nn.LayerNorm(config.hidden_size, config.norm_eps, bias=bias)
+            self.head_norm = norm(config, bias)
             self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))  # the decoder's matrix is the embedding
         self.apply(self._initialise)
         if config.block == "modern":  # keeps the residual stream's variance flat in depth (GPT-2)

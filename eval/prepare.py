@@ -37,11 +37,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from eval import download, ner, nli, qa, retrieval, sts, tasks
+from eval import download, tasks
+from eval.run import READERS
 from unibert import write_atomically
 from wiki.download import read_manifest
 
-READERS = {"ner": ner, "nli": nli, "qa": qa, "sts": sts, "retrieval": retrieval}
 # Data set, pattern of a path below SRC (which begins with SRC's own name); groups: language, split, name to keep.
 # Without a language there are many in the file, but for SQuAD; without a split it is test.
 PATTERNS = [(name, re.compile(pattern)) for name, pattern in (
@@ -208,7 +208,7 @@ def convert(src, staging, names, languages, train_on, say):
     if "retrieval/tatoeba" in counts:
         with named(staging / "retrieval/tatoeba", "tatoeba"):
             counts["retrieval/tatoeba"]["test"] = sum(
-                len(rows) for splits in retrieval.load(staging / "retrieval/tatoeba").values() for rows in splits.values())
+                len(rows) for splits in READERS["retrieval"].load(staging / "retrieval/tatoeba").values() for rows in splits.values())
     if left_out:
         say(f"note: left out: {', '.join(sorted(left_out))}: no language's code")
     return counts

@@ -203,8 +203,10 @@ def test_distillation_without_logits_falls(make_run, part):
     """From a teacher of another width, each of the terms alone."""
     teacher = make_run(seed=5, preset="xsmall").model.eval()
     run = make_run(teacher, mlm_weight=0.0, kd_weight=0.0, steps=25, tokens_per_batch=1024, **{part: 1.0})
-    losses = [r["loss"] for r in steps_of(run, 25)]
+    records = steps_of(run, 25)
+    losses = [r["loss"] for r in records]
     assert losses[-1] < 0.8 * losses[0]
+    assert records[-1][part.removeprefix("kd_").replace("weight", "loss")] == pytest.approx(losses[-1], rel=1e-5)  # in the log
 
 
 def test_a_teacher_reads_the_text_anew(make_run, corpus):
