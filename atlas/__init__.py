@@ -119,13 +119,14 @@ def describe(folder):
         distinct = len({part for part in re.split(r"(?<=[.!?。？।።؟։;])\s*", text) if part.strip()})
         sentences += distinct
         codes.append(path.stem)
-        yield (f"{path.stem:6}{language.name:12}{language.script:12}{language.family:28}{text.count(chr(10) * 2) + 1:>10,}"
-               f"{distinct:>10,}{len(text):>11,}")
+        documents = text.count("\n\n") + 1
+        yield (f"{path.stem:6}{language.name:12}{language.script:12}{language.family:28}{documents:>10,}{distinct:>10,}"
+               f"{len(text):>11,}")
     yield f"{len(codes)} languages, {len({load(c).script for c in codes})} scripts, {sentences:,} distinct sentences"
-    for name, task in (("ner", ner), ("nli", nli), ("qa", qa), ("sts", sts)):
-        sizes = {split: len(task("en", split)) for split in ("train", "dev", "test")} if name != "qa" else {
-            split: sum(len(p["qas"]) for a in qa("en", split)["data"] for p in a["paragraphs"]) for split in ("train", "dev", "test")}
-        yield f"{name}: en train {sizes['train']:,}, dev {sizes['dev']:,}; test {sizes['test']:,} in each language"
+    tasks = {"ner": ner, "nli": nli, "qa": lambda *which: qa(*which)["data"], "sts": sts}      # qa: a question an article
+    for name, task in tasks.items():
+        train, dev, test = (len(task("en", split)) for split in ("train", "dev", "test"))
+        yield f"{name}: en train {train:,}, dev {dev:,}; test {test:,} in each language"
     chance = hypothesis_only(nli("en", "train"), nli("en", "test"))
     yield f"nli from the hypothesis alone: {chance:.1%} right (three labels)"
 

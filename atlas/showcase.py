@@ -31,7 +31,8 @@ def questions(code, tokenizer, relation, held_out=False, told=False):
         sentence = render(language, fact, patterns[0])
         start, end = sentence.spans[slot]
         ids = encode_text(tokenizer, sentence.text)
-        places = [i for i, piece in enumerate(ids) if tokenizer.id_to_piece(piece).strip("\u2581") == sentence.text[start:end]]
+        answer = sentence.text[start:end]
+        places = [i for i, piece in enumerate(ids) if tokenizer.id_to_piece(piece).strip("\u2581") == answer]
         if len(places) != 1:
             continue
         before = render(language, fact, patterns[1]).text + language.join if told else ""
@@ -107,5 +108,6 @@ def showcase(model, tokenizer, corpus):
     yield "translations found among 100 sentences, mostly of held-out facts; chance 1%:"
     for name, group in (("eight related languages in Latin script", LATIN), ("eight scripts", SCRIPTS)):
         found = retrieval(model, tokenizer, {code: lines[code] for code in group if code in codes})
-        yield f"  {name}: " + ", ".join(f"{layer} {raw:.1%} ({centred:.1%} with each language's mean removed)" for layer, (raw, centred) in
-                                       (("embeddings", found[0]), ("middle layer", found[len(found) // 2]), ("last layer", found[-1])))
+        layers = (("embeddings", found[0]), ("middle layer", found[len(found) // 2]), ("last layer", found[-1]))
+        yield f"  {name}: " + ", ".join(f"{layer} {raw:.1%} ({centred:.1%} with each language's mean removed)"
+                                        for layer, (raw, centred) in layers)

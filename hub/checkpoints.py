@@ -296,8 +296,7 @@ def import_checkpoint(source: Path | str):
 
 
 def save_vocabulary(vocabulary: SentencePieceModel | WordPiece, folder: Path) -> None:
-    files = {"tokenizer.model": vocabulary.to_bytes()} if isinstance(vocabulary, SentencePieceModel) else vocabulary.files()
-    for name, data in files.items():
+    for name, data in vocabulary.files().items():
         write_atomically(folder / name, [data])
 
 

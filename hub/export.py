@@ -109,9 +109,10 @@ def run_facts(folder: Path) -> tuple[dict, dict, dict]:
     Each is empty where it is not to be found; an imported model has none.
     """
     run = folder.resolve().parent
-    recipe = read_json(run / "config.json") if (run / "metrics.jsonl").is_file() and (run / "config.json").is_file() else {}
+    recipe: dict = {}
     validation: dict = {}
-    if recipe:
+    if (run / "metrics.jsonl").is_file() and (run / "config.json").is_file():
+        recipe = read_json(run / "config.json")
         for line in (run / "metrics.jsonl").read_text().splitlines():
             validation = json.loads(line).get("validation", validation)
     manifest: dict = {}
@@ -179,7 +180,8 @@ def export_checkpoint(source: Path | str, target: Path | str, wanted: str | None
     model, vocabulary = load_model(source), read_vocabulary(source)
     kind = choose_format(model, vocabulary, wanted)
     if len(vocabulary.pieces) != model.config.vocab_size:
-        raise ValueError(f"{source}: its tokenizer has {len(vocabulary.pieces)} pieces, the model {model.config.vocab_size}")
+        raise ValueError(f"{source}: its tokenizer has {len(vocabulary.pieces)} pieces, the model "
+                         f"{model.config.vocab_size}")
     if kind == "onnx" and (missing := [p for p in ("onnx", "onnxscript") if importlib.util.find_spec(p) is None]):
         raise ValueError(f"--format onnx needs the package {' and '.join(missing)}, which torch's exporter uses; "
                          "install it, or choose another format")

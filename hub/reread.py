@@ -27,8 +27,8 @@ def split_sequences(tokens: Tensor, cu_seqlens: Tensor) -> list[np.ndarray]:
 class Remembered:
     """Sentence vectors by text, so that a teacher reads a text once and not once an epoch. At most `limit`, in 16 bits.
 
-    A vector depends, in its last bits, on the batch that it was computed in, so a resumed run, which reads anew, goes on
-    with the same batches and nearly the same numbers, but not to the bit.
+    A vector depends, in its last bits, on the batch that it was computed in, so a resumed run, which reads anew, goes
+    on with the same batches and nearly the same numbers, but not to the bit.
     """
 
     def __init__(self, limit: int):
@@ -60,7 +60,8 @@ class Reread:
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor, int]:
         """tokens [T], cu_seqlens [S + 1] -> the teacher's (tokens, cu_seqlens [S + 1], longest), on the same device.
 
-        Empty and padding sequences become an empty text, so that sequence i stays sequence i. Texts are cut at max_length.
+        Empty and padding sequences become an empty text, so that sequence i stays sequence i. Texts are cut at
+        max_length.
         """
         texts = [self.ours.decode(ids[ids > UNK].tolist()) for ids in split_sequences(tokens, cu_seqlens)]
         cut = [[BOS, *encode_text(self.theirs, self.prefix + text)[:max_length - 2], EOS] for text in texts]
@@ -73,7 +74,7 @@ class Reread:
         pieces = [self.ours.id_to_piece(i) for i in range(len(self.ours))]
         unknown = [piece for piece in pieces if piece not in theirs]
         if unknown:
-            raise ValueError(f"{len(unknown):,} of the data's {len(pieces):,} pieces (first {unknown[0]!r}) are none of the "
-                             "teacher's, so its embeddings cannot be taken over; prepare the data with a vocabulary trimmed "
-                             "from the teacher's (python unibert.py trim), or leave --init-from-teacher out")
+            raise ValueError(f"{len(unknown):,} of the data's {len(pieces):,} pieces (first {unknown[0]!r}) are none of "
+                             "the teacher's, so its embeddings cannot be taken over; prepare the data with a vocabulary "
+                             "trimmed from the teacher's (python unibert.py trim), or leave --init-from-teacher out")
         return np.array([theirs[piece] for piece in pieces], np.int64)

@@ -128,6 +128,10 @@ class SentencePieceModel:
             out.append(write_field(number, value))
         return b"".join(out)
 
+    def files(self) -> dict[str, bytes]:
+        """As they stand in a model folder of ours."""
+        return {"tokenizer.model": self.to_bytes()}
+
 
 def is_ours(model: SentencePieceModel) -> bool:
     return [(text, kind) for text, _, kind in model.pieces[:FIRST_PIECE]] == [(t, k) for t, _, k in OURS]
