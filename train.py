@@ -341,7 +341,8 @@ class Run:
         if record["skipped_steps"]:
             line += f"  skipped {record['skipped_steps']}"
         left = (self.config.steps - self.step) * self.rows * self.batch_config.row_tokens / record["tokens_per_second"]
-        click.echo(line + f"  {left // 60:.0f}m{left % 60:02.0f}s left")
+        hours, minutes, seconds = int(left // 3600), int(left // 60), int(left % 60)
+        click.echo(line + (f"  {hours}h{minutes % 60:02d}m left" if hours else f"  {minutes}m{seconds:02d}s left"))
 
     # ---- saving
 

@@ -283,15 +283,15 @@ def run_all(parts: list[str], quick: bool, device: torch.device, report: Report)
         if gpu:
             sizes = [(6, 384, 12, draw_lengths(128, 16, 512)), (12, 768, 12, draw_lengths(128, 16, 512))]
         sizes = sizes[:1] if quick else sizes
+    report(header(device) + "\n")
+    for line in missing_peers(device):
+        report(line)
+    report()
     if not gpu:
         if "step" in parts:
             problems = step_problems(*sizes[0][:3], 64_000, sizes[0][3], device, compiled=not quick)
             untouched = time_untouched(problems, clock)
         keep_freed_memory()  # as train.py does; from here on for every row, ours and theirs
-    report(header(device) + "\n")
-    for line in missing_peers(device):
-        report(line)
-    report()
     dtypes = (torch.bfloat16, torch.float32)
     seconds = 1.6 if quick else 6.0
     if "attention" in parts:
