@@ -94,7 +94,8 @@ class TrainConfig:
                      "kd_similarity_temperature", "max_epochs", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
-        for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every", "teacher_cache", *DISTILLATION):
+        for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every",
+                     "teacher_cache", *DISTILLATION):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         for name in ("mask_rate", "dropout", "warmup", "decay"):

@@ -238,7 +238,8 @@ class Run:
             self.adv_loss = c["adv"] / units if finite else self.adv_loss
             record |= {"adv_loss": c["adv"] / units, "discriminator_accuracy": c["correct"] / units,
                        "chance": max(per_language) / tokens, "lambda": strength.item()}
-        return record | self.objective.teacher_terms(c, masked, tokens, sequences) | dict(lr=config.lr * factor, grad_norm=values[-len(norms)], tokens_seen=self.tokens_seen,
+        record |= self.objective.teacher_terms(c, masked, tokens, sequences)
+        return record | dict(lr=config.lr * factor, grad_norm=values[-len(norms)], tokens_seen=self.tokens_seen,
                              skipped_steps=self.skipped)
 
     # ---- the loop
