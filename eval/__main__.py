@@ -25,6 +25,8 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:                          # `| head` has read enough; click ends quietly
+            raise
         except (ValueError, OSError) as error:
             told = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
             failure = click.ClickException(told)
