@@ -88,6 +88,11 @@ class Objective(nn.Module):
             sums["adv"], sums["correct"] = cross_entropy.sum(), correct.sum().float()
         return torch.stack([sums[name] for name in self.PARTS])
 
+    @property
+    def predictions_of_teacher(self) -> bool:
+        """Whether the teacher predicts tokens, and those of the student's tokenizer: then the two can be compared."""
+        return self.teacher is not None and self.teacher.config.mlm_head and self.reread is None
+
     @torch.no_grad()
     def teacher_vectors(self, batch: PackedBatch) -> Tensor:
         """What the teacher makes of each text as it was before masking [S, H'] fp32; empty ones give anything."""

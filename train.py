@@ -409,8 +409,7 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
               f"tokens, {config.dtype} on {world.size} x {config.device}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
-    predicts = run.objective.teacher is not None and run.objective.teacher.config.mlm_head
-    before = evaluate(run) if predicts and run.step == 0 else None
+    before = evaluate(run) if run.objective.predictions_of_teacher and run.step == 0 else None
     start = time.perf_counter()
     last = run.train()
     seconds = time.perf_counter() - start

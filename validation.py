@@ -17,8 +17,8 @@ def evaluate(run) -> dict:
 
     With a teacher also its own loss, and how often and how closely the student agrees with it.
     """
-    model, teacher, world = run.model, run.objective.teacher, run.world
-    teacher = teacher if teacher is not None and teacher.config.mlm_head else None
+    model, world = run.model, run.world
+    teacher = run.objective.teacher if run.objective.predictions_of_teacher else None
     model.eval()
     n = len(run.corpus.languages)
     totals = torch.zeros(n, 6, dtype=torch.float64)  # masked, loss, right, teacher's loss, same answer, KL

@@ -240,6 +240,10 @@ def test_a_teacher_reads_the_text_anew(make_run, corpus):
     for run.objective.reread in (None, reread):                          # two ways to read, nearly the same loss
         losses.append(run.objective(batch, torch.tensor(0.0)).detach())
     assert 0 < losses[0][6] and torch.allclose(*losses, rtol=0.1), losses
+    # Predictions over other pieces cannot be compared with the student's.
+    assert "teacher_loss" not in train.evaluate(run)
+    run.objective.reread = None
+    assert "teacher_loss" in train.evaluate(run)
 
 
 def test_a_teacher_that_is_remembered_reads_each_text_once(make_run):
