@@ -409,7 +409,7 @@ def against(baseline, candidate):
     if not cells:
         return None
     scores = report.mean_scores(cells)
-    strong = report.with_percentage(cells, scores, notes)
+    strong = report.with_percentage(cells, notes)
     gain = relative = None
     if strong:
         gain = report.improvement(strong, scores).mean

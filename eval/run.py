@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import platform
 import time
 import warnings
@@ -183,15 +182,16 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
         report.write(out)                                  # what is done stays if the rest fails
     pool, workers = finetune.pool(device, max(len(rates), seeds), jobs)
     with pool or contextlib.nullcontext():
-        weights = [math.sqrt(tokens_wanted(t, tokenizer, model.config.max_length)) if budget and not like else 1.0
-                   for t in trainings]
-        for i, training in enumerate(trainings):
+        if budget and not like:                            # what a cheap one leaves of its share goes to the dearer ones
+            trainings.sort(key=lambda t: tokens_wanted(t, tokenizer, model.config.max_length))
+        for left, training in zip(range(len(trainings), 0, -1), trainings):
             now = time.monotonic()
-            share = weights[i] / sum(weights[i:])
             fine_tune(report, training, model, tokenizer, prefix, seeds, dtype,
-                      now + share * (deadline - now) if budget else deadline, like, say, first_seed, to_the_end, rates,
+                      now + (deadline - now) / left if budget else deadline, like, say, first_seed, to_the_end, rates,
                       pool, workers)
             report.write(out)
+    for part in ("cells", "training"):                     # told in the order that was asked for
+        report.value[part].sort(key=lambda row: row["task"] in HEADS and 1 + names.index(row["task"]))
     report.write(out)
     return report.value
 
@@ -376,12 +376,10 @@ def mismatch(task, train, found):
 
 
 def tokens_wanted(training, tokenizer, max_length):
-    """Tokens that a whole run of the training reads, as a sample tells. Where a budget is short, each training gets time
-    in proportion to the square root: in proportion, question answering would leave nothing to the others; in equal
-    parts, it would do a few dozen steps."""
+    """Tokens that a whole run of the training reads, as a sample tells."""
     sample = training.train[::-(-len(training.train) // 64)]
     items = HEADS[training.task](tokenizer, max_length, training.train).items(sample, learn=True)
-    return EPOCHS[training.task] * len(training.train) / len(sample) * sum(len(item.ids) for item in items) + 1
+    return EPOCHS[training.task] * len(training.train) / len(sample) * sum(len(item.ids) for item in items)
 
 
 def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline, like, say, first_seed=0, to_the_end=False,
