@@ -5,9 +5,7 @@ mean-pooled states; nothing is trained.
 
     load(folder)                                    {language: {"test": [Pair]}}
     hits(model, tokenizer, pairs, prefix)           per-example table of one language
-    parallel_accuracy(model, tokenizer, sentences)  one number for parallel text; train.py prints it
 """
-import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +94,3 @@ def hits(model, tokenizer, pairs, prefix="", **options):
 def score(from_english, to_english, centred_from, centred_to, weights=None):
     """Accuracy: the mean of both directions, of vectors as they are; as the metrics, with optional weights."""
     return metrics.mean((np.asarray(from_english) + np.asarray(to_english)) / 2, weights)
-
-
-def parallel_accuracy(model, tokenizer, sentences, **options):
-    """{code: sentences}, line i of each says the same -> mean retrieval accuracy over all ordered pairs of languages.
-
-    n lines and k languages cost n k sentences through the encoder. Chance is 1/n. Raises ValueError for fewer
-    than 2 languages or lists of different lengths.
-    """
-    if len(sentences) < 2 or len({len(lines) for lines in sentences.values()}) != 1:
-        raise ValueError("parallel sentences need at least 2 languages with equally many lines")
-    training = model.training
-    found = finetune.vectors(model, tokenizer, [line for lines in sentences.values() for line in lines], **options)
-    model.train(training)
-    by_language = np.split(found, len(sentences))
-    return float(np.mean([metrics.retrieval_hits(a, b).mean() for a, b in itertools.combinations(by_language, 2)]))

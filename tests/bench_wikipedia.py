@@ -37,11 +37,10 @@ with {"z2": bz2.open, "gz": gzip.open}.get(path[-2:], open)(path, "rb") as file:
 READER = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from wiki.wikipedia import read_documents, read_parallel
-source, out, workers = sys.argv[2], sys.argv[3], int(sys.argv[4])
-documents = read_documents(source) if workers == 1 else read_parallel([source] * workers, workers)
+from wiki.wikipedia import read_documents
+source, out = sys.argv[2:]
 with open(out, "w", encoding="utf-8", errors="replace") as file:
-    for document in documents:
+    for document in read_documents(source):
         file.write(document.text)
         file.write("\\n\\n")
 """
@@ -128,15 +127,10 @@ def cirrus(scratch, corpus, megabytes, repeat):
     click.echo(f"CirrusSearch, {size:.0f} MB of JSON lines        cpu s      MB/s   peak MB   of the baseline's speed")
     for path in (plain, scratch / (plain.name + ".gz"), scratch / (plain.name + ".bz2")):
         results = median_runs(repeat, baseline=[sys.executable, "-c", BASELINE, path],
-                              reader=[sys.executable, "-c", READER, ROOT, path, "/dev/null", 1])
+                              reader=[sys.executable, "-c", READER, ROOT, path, "/dev/null"])
         for name, (seconds, _, peak) in results.items():
             share = f"{results['baseline'][0] / seconds:8.2f}" if name == "reader" else ""
             click.echo(f"{path.suffix[1:]:5} {name:10} {seconds:32.2f} {size / seconds:9.1f} {peak:9.0f} {share}")
-    packed = scratch / (plain.name + ".bz2")
-    results = median_runs(1, workers=[sys.executable, "-c", READER, ROOT, packed, "/dev/null", 2])
-    cpu, wall, peak = results["workers"]
-    click.echo(f"bz2   2 workers, the file twice: {cpu:.2f} cpu s, {2 * size / cpu:.1f} MB/s a core, "
-               f"{wall:.1f} s of wall time, peak {peak:.0f} MB of all processes")
 
 
 @main.command()
@@ -156,7 +150,7 @@ def xml(dumps, scratch, peer, megabytes, repeat):
         joined.write_bytes(head + (pages + b"\n") * max(1, int(megabytes * 1e6 / len(pages))) + b"</mediawiki>\n")
         size = joined.stat().st_size / 1e6
         ours, theirs = scratch / "ours.txt", scratch / "theirs"
-        commands = {"ours": [sys.executable, "-c", READER, ROOT, joined, ours, 1]}
+        commands = {"ours": [sys.executable, "-c", READER, ROOT, joined, ours]}
         if peer:
             commands["wikiextractor"] = [peer, "-m", "wikiextractor.WikiExtractor", "--no-templates", "--processes", 1,
                                          "-q", "-b", "500M", "-o", theirs, joined]

@@ -283,16 +283,6 @@ def test_best_span_is_the_best_of_all_valid_ones():
 
 # ---- sentence vectors and neutrality ------------------------------------------------------------------------
 
-def test_parallel_accuracy(folder, model, tokenizer):
-    lines = [p.translation for p in examples(folder, retrieval, "retrieval", "test", 60, "ro")]
-    assert retrieval.parallel_accuracy(model, tokenizer, {"en": lines, "xx": lines}) == 1.0
-    turned = lines[1:] + lines[:1]
-    assert retrieval.parallel_accuracy(model.train(), tokenizer, {"en": lines, "xx": turned}) < 0.05
-    assert model.training
-    with pytest.raises(ValueError, match="equally many"):
-        retrieval.parallel_accuracy(model, tokenizer, {"en": lines, "xx": lines[1:]})
-
-
 def test_vectors_do_not_depend_on_company(folder, model, tokenizer):
     lines = [p.translation for p in examples(folder, retrieval, "retrieval", "test", 30, "ro")]
     together = finetune.vectors(model, tokenizer, lines + lines[:1])
@@ -530,7 +520,7 @@ def test_damaged_reports_are_refused(reports, tmp_path, spoil, words):
     (tmp_path / "bad.json").write_text(json.dumps(value))
     for arguments in (["show"], ["compare", reports[0]], ["report", "--out", tmp_path / "page.html"]):
         done = command(*arguments, tmp_path / "bad.json")
-        assert done.exit_code == 2 and f"bad.json: damaged report: " in done.output and words in done.output, done.output
+        assert done.exit_code == 2 and "bad.json: damaged report: " in done.output and words in done.output, done.output
     assert not (tmp_path / "page.html").exists()
 
 

@@ -76,7 +76,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp
     """
     seed = random.randrange(10 ** 6)
     print(f"seed {seed}")
-    rng, out, lives = random.Random(seed), tmp_path / "run", 0
+    out = tmp_path / "run"
     harness = subprocess.run([sys.executable, str(REPO / "tests" / "kill_harness.py"), str(seed), str(KILLS), str(out), "--data",
                               str(data), *OPTIONS], cwd=REPO, capture_output=True, text=True, timeout=400,
                              env=dict(os.environ, OMP_NUM_THREADS="1"))

@@ -2,7 +2,6 @@
 import bz2
 import gc
 import gzip
-import io
 import json
 import lzma
 import os
@@ -18,9 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from wiki import wikipedia
 from wiki.languages import LANGUAGES
-from wiki.wikipedia import Part, clean_cirrus, language_of, list_dumps, read_documents, read_parallel, split
+from wiki.wikipedia import Part, clean_cirrus, language_of, list_dumps, read_documents, split
 from wiki.wikitext import clean_wikitext, is_disambiguation, is_redirect, make_siteinfo
 
 DUMPS = Path(os.environ.get("UNIBERT_SHARED", ROOT.parent / "shared")) / "data" / "dumps"
@@ -356,33 +354,18 @@ def multistream(folder, pages=200, at_once=10):
     return path
 
 
-def test_multistream_in_parallel(tmp_path):
+def test_a_multistream_dump_is_cut_where_its_index_says(tmp_path):
     path = multistream(tmp_path)
     whole = read(path)[0]
     assert whole == [("ltg", str(i), f"Page {i}", f"Text {i} .") for i in range(1, 201)]
     for pieces in (2, 3, 7):
         parts = split(path, pieces)
         assert len(parts) == pieces and [d for part in parts for d in read(part)[0]] == whole
-    counts = Counter()
-    documents = list(read_parallel(split(path, 5), workers=2, counts=counts))
-    assert sorted(documents) == sorted(whole) and counts == {"article": 200}
-    assert documents == list(read_parallel(split(path, 5), workers=2))
     assert list_dumps(tmp_path) == [("ltg", path)]                   # the index is none
     index = path.with_name(INDEX)
     for bad in (b"not bzip2", bz2.compress(b"x:y:z"), bz2.compress(b"400:1:a\n900:2:b\n1500:3:c\n4000:4:d")):
         index.write_bytes(bad)
         assert split(path, 3) == [Part(path, "ltg")]                 # an index that does not fit is not believed
-
-
-def test_parallel_tells_of_damage_and_errors(tmp_path):
-    path = tmp_path / "ltgwiki-x.xml"
-    path.write_text(dump_xml()[:-200])
-    warnings = []
-    assert len(list(read_parallel([path, path], 2, on_warning=warnings.append))) == 40
-    assert len(warnings) == 2 and all("cut off in page" in line for line in warnings)
-    (tmp_path / "b.xml").write_text("x")
-    with pytest.raises(ValueError, match="b.xml: neither"):
-        list(read_parallel([path, tmp_path / "b.xml"], 2, on_warning=warnings.append))
 
 
 # ---------------------------------------------------------------------------------------------------------------

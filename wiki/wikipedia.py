@@ -14,7 +14,6 @@ grow with the dump. What a file holds before a cut or a damaged byte is kept; th
 import bz2
 import json
 import lzma
-import multiprocessing
 import re
 import sys
 import zlib
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
-from wiki.languages import LANGUAGES
 from wiki.wikitext import SiteInfo, clean_wikitext, decode_entities, is_disambiguation, is_redirect, make_siteinfo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,61 +458,3 @@ def split(path, pieces):
             if file.read(10) != b"BZh91AY&SY":
                 return [whole]
     return [whole._replace(start=a, end=b) for a, b in zip([0, *cuts], [*cuts, None])]
-
-
-def read_parallel(parts, workers=None, *, opening_text=False, counts=None, on_warning=_warn):
-    """The articles of many parts or paths, read and cleaned on `workers` processes (None: every core).
-
-    Worker i reads parts i, i + workers, ...; their batches come in turn, so that the order depends on the number of
-    workers and nothing else. At most a few batches are held. Options as for `read_documents`.
-    """
-    parts = list(parts)
-    counts = Counter() if counts is None else counts
-    workers = max(1, min(workers or multiprocessing.cpu_count(), len(parts)))
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    processes, pipes = [], []
-    try:
-        for worker in range(workers):
-            receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(parts[worker::workers], opening_text, sending), daemon=True)
-            process.start()
-            sending.close()
-            processes.append(process)
-            pipes.append(receiving)
-        while pipes:
-            for pipe in list(pipes):
-                try:
-                    batch, told, warnings = pipe.recv()
-                except EOFError:
-                    raise RuntimeError("a process that read dumps was killed; is memory short?") from None
-                for line in warnings:
-                    on_warning(line)
-                if isinstance(told, str):
-                    raise ValueError(told)
-                counts.update(told)
-                yield from batch
-                if not batch:
-                    pipes.remove(pipe)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _work(parts, opening_text, pipe):
-    warnings, counts, batch, size = [], Counter(), [], 0
-    try:
-        for part in parts:
-            for document in read_documents(part, opening_text=opening_text, counts=counts, on_warning=warnings.append):
-                batch.append(document)
-                size += len(document.text)
-                if size > CHUNK:
-                    pipe.send((batch, counts, warnings))
-                    warnings, batch, size = [], [], 0
-                    counts.clear()
-        if batch:
-            pipe.send((batch, counts, warnings))
-            warnings, counts = [], Counter()
-        pipe.send(([], counts, warnings))
-    except (ValueError, OSError) as error:
-        pipe.send(([], str(error), warnings))
