@@ -147,7 +147,8 @@ def read_config(folder: Path) -> tuple[str, UniBERTConfig, int, int]:
             raise ValueError(f"{path}: {name} is {config.get(name, default)!r}; only {wanted!r} is supported")
 
     if str(kind) not in FAMILIES:
-        raise ValueError(f"{path}: model_type is {kind!r}; known are {', '.join(FAMILIES)}")
+        ours = "; this is a model folder of ours already" if "block" in config else ""
+        raise ValueError(f"{path}: model_type is {kind!r}; known are {', '.join(FAMILIES)}{ours}")
     try:
         if kind == "modernbert":
             ours, rows, unused = _modern_config(config, path, need), 0, 0

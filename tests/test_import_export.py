@@ -371,6 +371,7 @@ def truncated(folder):
     (changed(model_type="gpt2"), "model_type is 'gpt2'"), (changed(hidden_act="relu"), "hidden_act is 'relu'"),
     (changed(hidden_size=None), "no hidden_size"), (changed(num_attention_heads=5), "num_heads 5"),
     (changed(model_type=["bert"]), "known are bert"),
+    (changed(model_type=None, block="modern"), "a model folder of ours already"),
     (lambda f: [(f / name).write_text(text) for name, text in (("vocab.txt", "a"), ("tokenizer_config.json", "[]"))],
      "its vocabulary cannot be read"),
     (changed(num_attention_heads=16), "head"), (changed(vocab_size=60), "config.json asks"),
