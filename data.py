@@ -496,6 +496,8 @@ class _Group(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:                      # `| head` has read enough; click ends quietly
+            raise
         except (ValueError, OSError, BrokenProcessPool) as error:
             told = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
             failure = click.ClickException(told)
