@@ -556,6 +556,7 @@ def atlas_command(out, seed):
     import atlas
     if out.is_dir() and any(out.iterdir()) and not (out / ATLAS_MARK).is_dir():
         raise ValueError(f"{out}: holds other files, which could be overwritten; choose another --out")
+    (out / ATLAS_MARK).mkdir(parents=True, exist_ok=True)            # first, so that an interrupted one can be written again
     sizes = atlas.write(out, seed)
     click.echo(f"{out}: {len(sizes)} languages, {sum(n for n, _ in sizes.values()):,} documents; see it with "
                f"`python data.py inspect {out}`")

@@ -114,7 +114,7 @@ def test_tuning_takes_the_fastest_that_is_right():
     assert choose([(2,), (5,)]) == (1,) == state["pinned"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which has no wheel here")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="waits for triton to be installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
 def test_tuning_runs_what_it_would_time(monkeypatch):
     """Every kernel once, in the interpreter, with a candidate pinned; and the lines to paste are rows of the tables."""
@@ -137,7 +137,7 @@ def test_faults():
     assert fault_of(90, 0, 227 * 1024) == ""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which has no wheel here")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="waits for triton to be installed")
 def test_one_configuration_of_each_kind_compiles_for_hopper():
     code = ("from kernels.configurations import compile_share\n"
             "for kind in ('attention', 'losses'): print(compile_share(kind, 90, 0, 1000))")
