@@ -54,7 +54,7 @@ recipe=(--data "$out/data" --teacher "$out/teacher" --teacher-prefix "query: " -
         --max-length 64 --tokens-per-batch 4096 --alpha 0.5 --optimizer adamw --lr 1e-3 --decay 0.4 --eval-tokens 256
         --eval-every 1000000 --log-every 10 --save-every 200 --keep 1)
 adversary=(--adv-weight 0.05 --adv-level token)
-distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 1 --teacher-cache 1000000)
+distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 5 --kd-similarity-temperature 0.02 --teacher-cache 1000000)
 neither=(--adv-weight 0 --kd-weight 0)
 
 student() {  # NAME, options: train, or go on
@@ -65,16 +65,21 @@ student() {  # NAME, options: train, or go on
     python train.py "${recipe[@]}" --out "$out/$name" --steps "$steps" "$@" ${resume[@]+"${resume[@]}"}
 }
 
-if [ ! -f "$out/steps" ]; then       # so many steps as the dearest student makes in a tenth of the time
+if [ ! -f "$out/steps" ]; then       # so many as two students with the teacher and two without make in two fifths of the time
     say "measuring the speed"
-    rm -rf "$out/speed"
-    python train.py "${recipe[@]}" --out "$out/speed" --steps 12 --log-every 4 "${adversary[@]}" "${distillation[@]}" > "$out/speed.log" \
-        || { tail -n 3 "$out/speed.log" >&2; exit 1; }
-    python - "$out/speed/metrics.jsonl" "$minutes" > "$out/steps" <<'END'
+    for what in mlm all; do
+        extra=("${neither[@]}")
+        [ $what = mlm ] || extra=("${adversary[@]}" "${distillation[@]}")
+        rm -rf "$out/speed-$what"
+        python train.py "${recipe[@]}" --out "$out/speed-$what" --steps 16 --log-every 4 "${extra[@]}" > "$out/speed.log" \
+            || { tail -n 3 "$out/speed.log" >&2; exit 1; }
+    done
+    python - "$minutes" "$out"/speed-{mlm,all}/metrics.jsonl > "$out/steps.new" <<'END'
 import json, sys
-last = [r for r in map(json.loads, open(sys.argv[1])) if "tokens_per_second" in r][-1]
-print(max(20, int(0.1 * 60 * float(sys.argv[2]) * last["tokens_per_second"] / 4096)))
+speeds = [[r for r in map(json.loads, open(f)) if "tokens_per_second" in r][-1]["tokens_per_second"] for f in sys.argv[2:]]
+print(max(20, int(0.4 * 60 * float(sys.argv[1]) / sum(2 * 4096 / speed for speed in speeds))))
 END
+    mv "$out/steps.new" "$out/steps"
 fi
 steps=$(cat "$out/steps")
 student mlm "${neither[@]}"
@@ -89,7 +94,7 @@ score() {  # NAME, model folder, options
     local report=$out/reports/$1.json name=$1 model=$2; shift 2
     [ ! -f "$report" ] || return 0
     say "evaluation: $name"
-    python -m eval run --model "$model" --data "$eval" --out "$out/unfinished.json" --rates 2e-4 --seeds 1 "$@" > "$out/eval-$name.log" \
+    python -m eval run --model "$model" --data "$eval" --out "$out/unfinished.json" --rates 2e-4 --seeds 2 "$@" > "$out/eval-$name.log" \
         || { tail -n 3 "$out/eval-$name.log" >&2; exit 1; }
     mv "$out/unfinished.json" "$report"
 }
