@@ -401,7 +401,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
               ] if like else []
     if before:
         plan = finetune.Plan(before[0]["steps"], tuple(map(float, before[0]["sweep"])), len(before[0]["seeds"]),
-                             before[0]["share_of_test"])
+                             before[0]["share_of_test"], before[0]["batch"])
         dev = shorten(dev, before[0]["dev_examples"])
     elif deadline < float("inf"):
         arguments = (encoder, task, train, dev, 8192, dtype)
@@ -410,9 +410,12 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
         share = min(1.0, 0.1 * (deadline - time.monotonic()) / (finetune.CHECKS * look))
         dev, look = shorten(dev, max(50, int(share * len(dev[0])))), share * look
         test = each * sum(len(item.ids) for *_, items in scored for item in items)
-        plan = finetune.plan(wanted, deadline - time.monotonic(), step_time, look, test, workers)
+        slower = max(1.0, workers / finetune.cores())
+        plan = finetune.plan(wanted, deadline - time.monotonic(), {n: slower * s for n, s in step_time.items()}, slower * look,
+                             test, workers)
         if plan != wanted:
-            report.note(f"{name} on {training.data}: cut to fit the budget: {plan.steps} of {wanted.steps} steps, "
+            report.note(f"{name} on {training.data}: cut to fit the budget: {plan.steps} of {wanted.steps} steps"
+                        + f" of {plan.batch} instead of {wanted.batch} examples" * (plan.batch != wanted.batch) + ", "
                         f"{len(plan.rates)} of {len(rates)} learning rates, {plan.seeds} of {seeds} seeds, "
                         f"{plan.share:.0%} of each test split", say)
         deadline -= plan.seeds * plan.share * test
@@ -442,11 +445,11 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
             + (f"  (seeds {min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""))
     report.value["training"].append({
         "task": name, "data": training.data, "source": training.source, "how": training.how,
-        "examples": len(training.train), "dev_examples": len(dev[0]), "batch": finetune.BATCH,
+        "examples": len(training.train), "dev_examples": len(dev[0]), "batch": plan.batch,
         "steps": plan.steps, "steps_wanted": wanted.steps, "sweep": {f"{lr:g}": score for lr, score in sweep.items()},
         "lr": done[0].lr, "seeds": [run.seed for run in done], "dev": [run.dev for run in done],
         "steps_done": [run.steps for run in done], "stopped": [run.stopped for run in done],
-        "share_of_test": plan.share, "seconds_a_step": step_time, "seconds": round(time.monotonic() - began, 1)})
+        "share_of_test": plan.share, "seconds_a_step": step_time and step_time[plan.batch], "seconds": round(time.monotonic() - began, 1)})
 
 
 def shorten(split, count):

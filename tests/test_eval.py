@@ -124,6 +124,7 @@ def test_seeds_side_by_side_are_the_same_seeds(folder, tokenizer, model):
 def test_the_order_of_examples_depends_on_the_seed_alone():
     seen = np.concatenate(list(finetune.orders(100, 10, seed=3)))
     assert len(seen) == 10 * finetune.BATCH
+    assert np.array_equal(np.concatenate(list(finetune.orders(100, 40, seed=3, batch=finetune.SMALL))), seen)
     assert sorted(seen[:100]) == list(range(100)) and sorted(seen[100:200]) == list(range(100))
     assert np.array_equal(seen, np.concatenate(list(finetune.orders(100, 10, seed=3))))
     assert not np.array_equal(seen, np.concatenate(list(finetune.orders(100, 10, seed=4))))
@@ -331,24 +332,34 @@ def test_geometry_measures_against_closed_forms():
 # ---- plans and assignment -----------------------------------------------------------------------------------
 
 def test_plan_cuts_in_the_order_it_says():
-    wanted = finetune.Plan(400, (1e-5, 1e-4, 1e-3), 3)
-    assert finetune.plan(wanted, float("inf"), 1, 1, 1) == wanted
-    assert finetune.plan(wanted, 10 ** 6, 1, 1, 1) == wanted
-    for seconds in (100, 200, 400, 800, 1600, 3200):
-        plan = finetune.plan(wanted, seconds, 1.0, 2.0, 20.0)
+    wanted, step = finetune.Plan(400, (1e-5, 1e-4, 1e-3), 3), {finetune.BATCH: 4.0, finetune.SMALL: 1.0}
+    cut = lambda seconds: finetune.plan(wanted, seconds, step, 2.0, 20.0)  # noqa: E731
+    assert cut(float("inf")) == cut(10 ** 6) == wanted
+    for seconds in (100, 200, 400, 800, 1600, 3200, 8000):
+        plan = cut(seconds)
         runs = len(plan.rates) + plan.seeds - 1
-        spent = runs * (plan.steps + finetune.CHECKS * 2) + plan.seeds * plan.share * 20
+        spent = runs * (plan.steps * step[plan.batch] + finetune.CHECKS * 2) + plan.seeds * plan.share * 20
         assert spent <= seconds or plan.steps == 1, (seconds, plan, spent)
-    assert finetune.plan(wanted, 1600, 1.0, 2.0, 20.0) == finetune.Plan(
-        int(((0.85 * 1600 - 60) / 5 - 16)), wanted.rates, 3)
-    assert finetune.plan(wanted, 10, 1.0, 2.0, 20.0).share == pytest.approx(finetune.TESTING * 8.5 / 60)
+    # Smaller batches before fewer steps, and both before fewer learning rates.
+    assert cut(8000) == finetune.Plan(400, wanted.rates, 3, batch=finetune.SMALL)
+    assert cut(1600) == finetune.Plan(int(((0.85 * 1600 - 60) / 5 - 16)), wanted.rates, 3, batch=finetune.SMALL)
+    assert cut(10).share == pytest.approx(finetune.TESTING * 8.5 / 60)
     # One rate, the last, and all seeds as long as a sixth of the steps is left; then fewer seeds.
-    some, few = (finetune.plan(wanted, seconds, 1.0, 2.0, 20.0) for seconds in (800, 300))
+    some, few = cut(800), cut(300)
     assert some.rates == few.rates == (1e-3,) and (some.seeds, few.seeds) == (3, 2)
     assert min(some.steps, few.steps) >= 400 / 6
     # Two at a time: with one rate the second seed costs no time.
-    assert finetune.plan(finetune.Plan(400, (1e-4,), 1), 300, 1.0, 2.0, 0.1, 2).steps == \
-        finetune.plan(finetune.Plan(400, (1e-4,), 2), 300, 1.0, 2.0, 0.1, 2).steps
+    one, two = (finetune.plan(finetune.Plan(400, (1e-4,), seeds), 300, step, 2.0, 0.1, 2) for seeds in (1, 2))
+    assert one.steps == two.steps
+
+
+def test_as_many_runs_at_once_as_leave_no_core_idle(monkeypatch):
+    monkeypatch.setattr(finetune, "cores", lambda: 2)
+    for runs, workers in ((1, 1), (2, 2), (3, 3), (4, 2), (8, 2)):
+        pool, found = finetune.pool("cpu", runs)
+        if pool:
+            pool.shutdown()
+        assert found == workers, runs
 
 
 def test_training_data_are_found_or_made():
