@@ -336,6 +336,22 @@ def test_what_is_no_dump(tmp_path):
         read(tmp_path / "missing.xml")
 
 
+def test_xml_that_is_no_mediawiki(tmp_path):
+    path = tmp_path / "ltgwiki-x.xml"
+    for encoding in ("foo-bar", "shift_jis", "rot13"):
+        path.write_text(f'<?xml version="1.0" encoding="{encoding}"?>{HEAD}{page_xml(1, "a")}</mediawiki>')
+        assert [line for line in read(path)[1] if "an encoding that cannot be read" in line]
+    for odd in ("<page><title>A</title><page><title>B</title></page></page>", "<title>A</title><id>3</id>",
+                "<dbname><id>1</id></dbname>"):
+        path.write_text(HEAD + odd + page_xml(1, "a") + "</mediawiki>")
+        documents, warnings = read(path)
+        assert documents[-1] == ("ltg", "1", "Page 1", "a") and not warnings
+    for code in ("../../x", "", "x/y"):                              # files are named by what a dump says it is
+        path = tmp_path / "dump.xml"
+        path.write_text(f'<mediawiki xml:lang="{code}">{page_xml(1, "a")}</mediawiki>')
+        assert list_dumps(path) == [("", path)]
+
+
 INDEX = "ltgwiki-20260101-pages-articles-multistream-index.txt.bz2"
 
 
@@ -362,6 +378,8 @@ def test_a_multistream_dump_is_cut_where_its_index_says(tmp_path):
         parts = split(path, pieces)
         assert len(parts) == pieces and [d for part in parts for d in read(part)[0]] == whole
     assert list_dumps(tmp_path) == [("ltg", path)]                   # the index is none
+    unnamed = [part._replace(language="") for part in split(path, 3)]
+    assert [d for part in unnamed for d in read(part)[0]] == whole   # each part knows what the head says
     index = path.with_name(INDEX)
     for bad in (b"not bzip2", bz2.compress(b"x:y:z"), bz2.compress(b"400:1:a\n900:2:b\n1500:3:c\n4000:4:d")):
         index.write_bytes(bad)
@@ -408,6 +426,17 @@ def test_cirrus_damage(tmp_path):
     path.write_text("\n".join(lines[:21] + ["{}}"] * 1000 + lines[22:]))
     documents, warnings = read(path)
     assert len(documents) == 10 and len(warnings) == 1 and "101 of" in warnings[0]
+
+
+def test_cirrus_oddities(tmp_path):
+    path = tmp_path / "dump.json"
+    page = {"title": "half \ud800 a pair", "text": "a pair \U0001F600, half of one \udc00"}
+    path.write_text('{"index": {"_id": 7}}\r\n\r\n' + json.dumps(page | {"language": "ro"}) + "\r\n")
+    (document,), warnings = read(path)
+    assert document == ("ro", "7", "half ? a pair", "a pair \U0001F600, half of one ?") and not warnings
+    for language in ("../../x", ["ro"], 5, None):                    # files are named by it
+        path.write_text(json.dumps(page | {"language": language}))
+        assert read(path)[0][0][0] == "" and list_dumps(path) == [("", path)]
 
 
 def test_cirrus_reference_list():

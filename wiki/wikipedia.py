@@ -38,6 +38,11 @@ def language_of(name):
     return match.group(1).replace("_", "-") if match else ""
 
 
+def _plain_code(code):
+    """What a dump says its language is, or "" where that is no code: files are named by it."""
+    return code if isinstance(code, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{1,30}", code) else ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
 
@@ -104,10 +109,12 @@ def _chunks(path, start=0, end=None):
         if out:
             yield out
         if decompressor.eof:                                    # multistream files are many streams end to end
-            data = decompressor.unused_data.lstrip(b"\0") or next(chunks, b"").lstrip(b"\0")
+            data = decompressor.unused_data.lstrip(b"\0")
+            if not data:
+                data = next(chunks, b"").lstrip(b"\0")
+                consumed += len(data)
             if not data:
                 return
-            consumed += len(data)
             decompressor = make()
         elif decompressor.needs_input:
             data = next(chunks, b"")
@@ -129,7 +136,8 @@ class _XmlPages:
 
     def __init__(self, counts, siteinfo=None, fragment=False):
         self.counts, self.siteinfo, self.language = counts, siteinfo, ""
-        self.title, self.done = None, []
+        self.title, self.page_id, self.done = None, "", []
+        self._wanted, self._key, self._length = True, None, 0
         self._namespaces, self._local, self._pieces, self._since_page = [], {}, [], 0
         self._parser = expat.ParserCreate()
         self._parser.buffer_text = True
@@ -148,7 +156,7 @@ class _XmlPages:
         if local is None:
             local = self._local[name] = name.rpartition(":")[2]
         if local in self._KEPT:
-            if self.title is None and local not in ("title", "dbname", "namespace"):
+            if self.title is None and local not in ("dbname", "namespace"):     # outside of pages
                 return
             self._pieces.clear()
             self._key = attributes.get("key")
@@ -160,9 +168,7 @@ class _XmlPages:
         elif local == "redirect":
             self.redirect, self._wanted = True, False
         elif local == "mediawiki":
-            self.language = next((v for k, v in attributes.items() if k.endswith("lang")), "")
-
-    _wanted, _key, _length = True, None, 0
+            self.language = next((_plain_code(v) for k, v in attributes.items() if k.endswith("lang")), "")
 
     def _data(self, text):
         self._pieces.append(text)
@@ -172,7 +178,7 @@ class _XmlPages:
 
     def _end(self, name):
         local = self._local[name]
-        if local == "page":
+        if local == "page" and self.title is not None:          # None: a page in a page, which is no MediaWiki
             self._finish()
         elif local == "siteinfo":
             self.siteinfo = make_siteinfo(self.language, self._namespaces)
@@ -227,6 +233,10 @@ class _XmlPages:
             if not data:
                 raise Damaged(f"cut off {where}") from None
             raise Damaged(f"no XML {where}, line {error.lineno} ({expat.ErrorString(error.code)})") from None
+        except Damaged:
+            raise
+        except (LookupError, ValueError) as error:              # an encoding that Python or expat does not know
+            raise Damaged(f"an encoding that cannot be read ({error})") from None
 
 
 def _read_xml(part, chunks, counts, opening_text):
@@ -237,6 +247,7 @@ def _read_xml(part, chunks, counts, opening_text):
             if head.siteinfo:
                 break
         pages = _XmlPages(counts, head.siteinfo, fragment=True)
+        pages.language = head.language
     else:
         pages = _XmlPages(counts)
     damage = None
@@ -284,17 +295,21 @@ def _read_cirrus(part, chunks, counts, opening_text):
     index, number, bad, first_bad = b"", 0, 0, 0
     for line in _lines(chunks):
         number += 1
-        if line.startswith(b'{"index"') or not line.strip():
+        if line.startswith(b'{"index"'):
             index = line
+            continue
+        if not line.strip():
             continue
         try:
             page = json.loads(line)
             title, text, templates = page.get("title") or "", page.get(field) or "", page.get("template") or ()
             page_id = page.get("page_id") or (json.loads(index)["index"]["_id"] if index else "")
             templates = "".join("{{" + template.partition(":")[2] + "}}" for template in templates)
-            language = part.language or language_of(page.get("wiki") or "") or page.get("language") or ""
+            language = part.language or language_of(page.get("wiki") or "") or _plain_code(page.get("language"))
             if not (isinstance(title, str) and isinstance(text, str)):
                 raise TypeError
+            if b"\\u" in line:                                   # half a surrogate pair, which no file can hold
+                title, text, page_id = (str(v).encode("utf-8", "replace").decode() for v in (title, text, page_id))
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             bad, first_bad, index = bad + 1, first_bad or number, b""
             if bad > 100 and bad > number / 20:
