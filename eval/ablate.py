@@ -365,7 +365,7 @@ def table(reports, head=()):
     yield from ("# Ablation", "", *head)
     names = list(dict.fromkeys(cell["task"] for cell in reports["mlm"]["cells"]))
     source = {t["task"]: t["source"] for t in reports["mlm"]["training"]}
-    yield from ("", "## Scores: mean over languages, ± standard deviation over seeds (in the source language alone)", "",
+    yield from ("", "## Scores: mean over data sets and languages, ± standard deviation over seeds (in the source language alone)", "",
                 "| | " + " | ".join(f"{name}, {run.SCORES[name][0]}" for name in names) + " |", "|---|" + "---:|" * len(names))
     for rung, value in reports.items():
         row = []

@@ -104,7 +104,9 @@ class Task(abc.ABC):
     outputs = 0               # width of the linear head; 0: no head, the states themselves
 
     def target(self, name, language, examples):
-        """Before `language` of data set `name` is scored. Returns a note for the report, or nothing."""
+        """The task as `language` of data set `name` is scored, and a note for the report, or None. A copy where that is
+        another one: the next seed's dev is scored as before."""
+        return self, None
 
     @abc.abstractmethod
     def items(self, examples, learn=False):
@@ -408,9 +410,9 @@ def runs(encoder, task, train, dev, plan, tokens=8192, dtype=torch.float32, dead
          pool=None, workers=1):
     """Yield the Run of each seed; the learning rate is the best of the sweep on dev.
 
-    The sweep trains with the first seed only, and its best run is that seed's; one rate needs none. `workers` runs go on at the same time,
-    in the processes of `pool`; each such wave gets an equal share of the time that is left, so that a slow machine
-    shortens all alike.
+    The sweep trains with the first seed only, and its best run is that seed's; one rate needs none. `workers` runs go
+    on at the same time, in the processes of `pool`; each such wave gets an equal share of the time that is left, so that
+    a slow machine shortens all alike.
     """
     waves = _waves(len(plan.rates), plan.seeds, workers)
 

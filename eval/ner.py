@@ -4,6 +4,7 @@ Reads WikiANN/PAN-X (with its "en:" before every word), WikiNEuRal, MasakhaNER a
 first column, the tag the last; a leading word index is skipped). Scored by entity micro F1
 (metrics.entity_counts), after training a tag for the first sub-word of each word (`Tagging`).
 """
+import copy
 import re
 from dataclasses import dataclass
 
@@ -117,14 +118,15 @@ class Tagging(finetune.Task):
         self.outputs = len(self.tags)
 
     def target(self, name, language, sentences):
-        """Score only the types that the model has learnt and the data set has; returns a note if some are left out."""
+        """Score only the types that the model has learnt and the data set has; a note if some are left out."""
         here = entity_types(sentences)
-        self.scored = self.known & here
         # A file of the training data's own kind may happen to lack a type; predicting it there is an error.
         if here <= self.known:
-            self.scored = self.known
-        left_out = sorted(here - self.known | self.known - self.scored)
-        return f"entity types {', '.join(sorted(self.scored))} scored; {', '.join(left_out)} left out" * bool(left_out)
+            return self, None
+        other = copy.copy(self)
+        other.scored = self.known & here
+        left_out = ", ".join(sorted((self.known | here) - other.scored))
+        return other, f"entity types {', '.join(sorted(other.scored))} scored; {left_out} left out"
 
     def items(self, sentences, learn=False):
         items = []

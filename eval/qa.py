@@ -2,6 +2,7 @@
 
 Scored by exact match and F1 (metrics.answer_scores), after training where answers begin and end (`Spans`).
 """
+import copy
 import re
 import warnings
 from dataclasses import dataclass
@@ -186,9 +187,11 @@ class Spans(finetune.Task):
 
     def target(self, name, language, questions):
         """MLQA has its own normalisation, by language; all others have SQuAD's."""
-        self.normalise = metrics.squad_normalise
-        if "mlqa" in name:
-            self.normalise = lambda text: metrics.mlqa_normalise(text, language)
+        if "mlqa" not in name:
+            return self, None
+        other = copy.copy(self)
+        other.normalise = lambda text: metrics.mlqa_normalise(text, language)
+        return other, None
 
     def context(self, text):
         """(ids, spans) of a context, kept: many questions share one."""

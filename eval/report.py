@@ -174,12 +174,12 @@ def interval(cells, relative, levels=("language", "example", "seed"), seed=0):
 
 
 def language_differences(scores):
-    """candidate - baseline, one mean a language over its tasks -> [float]."""
-    by_language = {}
-    for row in scores.values():
+    """candidate - baseline, one mean a language: over its tasks, a task being the mean over its data sets -> [float]."""
+    found = {}                # language -> task -> differences
+    for task, row in scores.items():
         for name, (new, old) in row.items():
-            by_language.setdefault(language_code(name.rpartition(" ")[2]), []).append(new - old)
-    return [float(np.mean(values)) for values in by_language.values()]
+            found.setdefault(language_code(name.rpartition(" ")[2]), {}).setdefault(task, []).append(new - old)
+    return [float(np.mean([np.mean(values) for values in by_task.values()])) for by_task in found.values()]
 
 
 def verdict(cells, scores, notes, seed):
@@ -199,7 +199,7 @@ def verdict(cells, scores, notes, seed):
     yield (f"Per-language means, {len(differences)} languages, better in {better}: Wilcoxon p = {p_wilcoxon:.4g}, "
            f"paired permutation p = {statistics.permutation_test(differences, seed=seed):.4g}")
     if len(scores) > 1:
-        by_task = [statistics.wilcoxon([new - old for new, old in row.values()])[1] for row in scores.values()]
+        by_task = [statistics.wilcoxon(language_differences({task: row}))[1] for task, row in scores.items()]
         yield ("Each task by itself, Wilcoxon with Holm's correction: "
                + ", ".join(f"{task} p = {p:.4g}" for task, p in zip(scores, statistics.holm(by_task))))
     if len(differences) < 6:

@@ -28,7 +28,7 @@ class Pair:
 
 
 def load(folder, splits=None):
-    """One data set -> {language: {"test": [Pair]}}; a language is called as in the file names ("fra").
+    """One data set -> {language: {"test": [Pair]}}, without other splits; a language is called as in the file names ("fra").
 
     Pairs without English are called "fra-deu". Raises ValueError for a missing side, sides of different
     lengths and empty lines, with file and line.
@@ -44,7 +44,7 @@ def load(folder, splits=None):
         language = first if second in ENGLISH else f"{first}-{second}"
         if language in data:
             raise ValueError(f"{sides[first]}: a second file pair for {language}; keep one")
-        data[language] = {(splits or {}).get("test", "test"): read(sides[first], sides[second])}
+        data[language] = {"test": read(sides[first], sides[second])}
     return data
 
 

@@ -3,8 +3,9 @@
     {"format": "unibert-eval/1", "model": {path, sha256, parameters}, "data": {data set: sha256}, "versions": {...},
      "settings": {...}, "notes": [what was left out or cut], "seconds": s,
      "cells": [{"task": "nli", "data": "nli/xnli", "language": "sw", "split": "test", "n": 5010, "metric": "accuracy",
-                "sha256": of the examples, "columns": [...], "examples": [seeds][n][columns], "scores": [seeds]}],
-     "training": [{"task", "data", "source", "lr", "sweep", "steps", "seeds", "dev", "stopped", "seconds"}],
+                "digests": 8 hexadecimal digits an example, "columns": [...], "examples": [seeds][n][columns],
+                "scores": [seeds]}],
+     "training": [{"task", "data", "source", "steps", "lr", "sweep", "seeds", "dev", "stopped" and more, see fine_tune}],
      "neutrality": {data set: see neutrality.measure}}
 
 A cell is one language of one data set: its score can be computed again from `examples` (SCORES says how), so two
@@ -68,20 +69,27 @@ def folder_hash(folder):
 
 
 def load(data, task, limit=None):
-    """[(DataSet, {language: {split: [examples]}})] of one task; at most `limit` examples a split (the first)."""
+    """[(DataSet, {language: {split: [examples]}})] of one task; at most `limit` examples a split (the first).
+
+    A dev or test split of one example, which has no correlation and no spread, is left out with a warning.
+    """
     found = []
     for dataset in tasks.find(data, task):
         by_language = READERS[task].load(dataset.folder, dataset.splits or None)
         if limit:
             by_language = {code: {split: rows[:limit] for split, rows in splits.items()}
                            for code, splits in by_language.items()}
+        for code, splits in by_language.items():
+            for split in [s for s in ("dev", "test") if s in splits and len(splits[s]) < 2]:
+                warnings.warn(f"{dataset.name} {code} {split}: 1 example: left out", stacklevel=2)
+                del splits[split]
         found.append((dataset, by_language))
     return found
 
 
 def scored_split(splits):
-    """The split to score: test, else dev."""
-    return "test" if "test" in splits else "dev"
+    """The split to score: test, else dev; None where there is only train."""
+    return next((split for split in ("test", "dev") if split in splits), None)
 
 
 def cell(task, name, language, split, examples, tables):
@@ -155,7 +163,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
             loaded["neutrality"] = load(data, "retrieval", limit)
     # Languages of very few sentences cannot be measured; that is to be known before anything is computed.
     measured = [(dataset, found) for dataset, found in loaded.get("neutrality") or loaded.get("retrieval", ())
-                if max(len(splits["test"]) for splits in found.values()) >= neutrality.LEAST]
+                if any(len(splits.get("test", ())) >= neutrality.LEAST for splits in found.values())]
     if "neutrality" in names and not measured:
         raise ValueError(f"{data}: neutrality needs retrieval data: {neutrality.LEAST} sentences of a language and their "
                          "translations")
@@ -178,7 +186,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
         elif name == "neutrality":
             for dataset, found in measured:
                 report.value["neutrality"][dataset.name] = neutrality.measure(
-                    model, tokenizer, {code: splits["test"] for code, splits in found.items()}, prefix, dtype, say)
+                    model, tokenizer, {code: splits.get("test", ()) for code, splits in found.items()}, prefix, dtype, say)
         report.write(out)                                  # what is done stays if the rest fails
     pool, workers = finetune.pool(device, max(len(rates), seeds), jobs)
     with pool or contextlib.nullcontext():
@@ -199,8 +207,8 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
 def cut_untrained(report, loaded, model, tokenizer, seconds, dtype, like, say):
     """Shorten the retrieval and STS splits, alike, to what can be encoded in `seconds`, measured on a sample; or as
     the report `like` did."""
-    splits = [(name, row, scored_split(row)) for name in ("retrieval", "sts", "neutrality")
-              for _, found in loaded.get(name, ()) for row in found.values()]
+    splits = [(name, row, split) for name in ("retrieval", "sts", "neutrality")
+              for _, found in loaded.get(name, ()) for row in found.values() if (split := scored_split(row))]
     fields = {"sts": ("sentence1", "sentence2")}
     texts = [getattr(example, side) for name, row, split in splits for example in row[split]
              for side in fields.get(name, ("sentence", "translation"))]
@@ -226,12 +234,10 @@ def untrained(report, task, sets, table, say):
     """Score every language of a task that needs no training."""
     for dataset, by_language in sets:
         for language, splits in by_language.items():
-            split = scored_split(splits)
+            if not (split := scored_split(splits)):
+                continue
             share = report.value["settings"].get("untrained_share", 1.0) if task == "sts-cosine" else 1.0
             examples = splits[split][:max(50, int(share * len(splits[split])))]
-            if len(examples) < 2:
-                report.note(f"{dataset.name} {language}: {len(examples)} example: left out", say)
-                continue
             row = cell(task, dataset.name, language, split, examples, [table(examples)])
             report.value["cells"].append(row)
             say(f"{task:12}{dataset.name:24}{language:10}{row['n']:>7}  {row['scores'][0]:.3f}")
@@ -256,13 +262,15 @@ def assign(task, sets, report, say, train_on="source"):
 
     "source": a data set with training data in its source language (tasks.json, else English) trains a model of its
     own. If a task has none such, one is made: of the largest English dev split; else, of the largest training set in
-    any language; else, of the largest English test split. Selection is on the source language alone: every other is
-    zero-shot. "target": each language with training data trains a model of its own and is all that it is scored on.
+    any language; else, of half of the largest English test split. Where dev or test is trained on, the data set's other
+    languages are scored on what lies at the places that were kept, for the rest may be translations of what was learnt.
+    Selection is on the source language alone: every other is zero-shot.
+    "target": each language with training data trains a model of its own and is all that it is scored on.
     "all": a data set with training data in any language trains one model on those of all its languages, selected on
     all their dev splits.
 
-    Dev, where there is none to spare, is every tenth example of train (for QA every tenth article, so that no text is
-    on both sides). Data sets without training data are targets of the task's largest training, but for "target".
+    Dev, where there is none to spare, is every tenth example of train, or two of fewer than twenty (for QA every tenth
+    article, so that no text is on both sides). Data sets without training data are targets of the task's largest training, but for "target".
     """
     trainings = {"source": train_on_source, "target": train_on_target, "all": train_on_all}[train_on](task, sets)
     if not trainings and train_on == "source":
@@ -304,6 +312,9 @@ def train_on_source(task, sets):
     for dataset, source, split in leads:
         found = content[dataset.name]
         train, dev, rest, how = part(task, found[source], source, split)
+        if split != "train":
+            kept = lambda rows: divide(rows, task, 2)[0] if split == "test" else divide(rows, task, 10)[1]  # noqa: E731
+            found = {code: row | {split: kept(row[split])} if split in row else row for code, row in found.items()}
         trainings.append(Training(task, dataset.name, source, how, train, dev,
                                   targets(dataset.name, {**found, source: rest})))
     return trainings
@@ -339,29 +350,28 @@ def part(task, splits, code, split):
     train = rest.pop(split)
     if split == "test":
         rest["test"], train = divide(train, task, 2)
-        how = f"half of {how}, the other half is scored"
+        how = f"half of {how}, of all languages the other half is scored"
     if split == "train" and "dev" in rest and "test" in rest:
         return train, rest.pop("dev"), rest, f"{how}, dev {code} dev"
+    count = len(train)
     train, dev = divide(train, task, 10)
+    if not dev:
+        raise ValueError(f"{task}: {count} training examples{' of one article' * (task == 'qa')} are too few to keep some "
+                         "for dev; add data, or raise --limit")
     return train, dev, rest, f"{how}, {len(dev)} of it dev"
 
 
 def targets(name, found):
     """[(data set, language, split, examples)] of all languages that have something to score."""
-    return [(name, code, scored_split(row), row[scored_split(row)])
-            for code, row in found.items() if {"test", "dev"} & set(row)]
+    return [(name, code, split, row[split]) for code, row in found.items() if (split := scored_split(row)) and row[split]]
 
 
 def divide(examples, task, every):
-    """-> (rest, each `every`-th, or the last of fewer). QA: by article."""
+    """-> (rest, each `every`-th, of fewer than 2 * every each second or so; none of one). QA: by article."""
     key = (lambda i: examples[i].article) if task == "qa" else (lambda i: i)
     groups = {k: n for n, k in enumerate(dict.fromkeys(map(key, range(len(examples)))))}
-    every = min(every, len(groups))
+    every = min(every, max(2, len(groups) // 2))
     chosen = [groups[key(i)] % every == every - 1 for i in range(len(examples))]
-    if len(groups) < 2:
-        articles = f" of {len(groups)} article(s)" * (task == "qa")
-        raise ValueError(f"{task}: {len(examples)} training examples{articles} are too few to keep some for dev; add data, "
-                         "or raise --limit")
     return [e for e, c in zip(examples, chosen) if not c], [e for e, c in zip(examples, chosen) if c]
 
 
@@ -429,10 +439,10 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
         done.append(run)
         say(f"  seed {run.seed}: lr {run.lr:g}, {run.steps} steps in {run.seconds:.0f} s, dev {run.dev:.3f}")
         for table, (data, language, split, examples, items) in zip(tables, scored):
-            note = task.target(data, language, examples)
+            as_scored, note = task.target(data, language, examples)
             if note and len(done) == 1:
                 report.note(f"{data} {language}: {note}", say)
-            table.append(finetune.evaluate(run.net, task, examples, items, dtype=dtype)[1])
+            table.append(finetune.evaluate(run.net, as_scored, examples, items, dtype=dtype)[1])
         run.net = None
     if any(run.stopped == "budget" for run in done):
         report.note(f"{name} on {training.data}: the budget ended runs early, after "

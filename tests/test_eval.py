@@ -201,11 +201,42 @@ def test_ner_scores_only_shared_types_of_another_data_set(tokenizer):
     train = [ner.Sentence(("Ada", "x", "y"), ("B-PER", "B-MISC", "O"))]
     other = [ner.Sentence(("Ada", "today", "y"), ("B-PER", "B-DATE", "O"))]
     task = ner.Tagging(tokenizer, 16, train)
-    assert "DATE" in task.target("ner/other", "sw", other) and task.scored == {"PER"}
+    as_scored, note = task.target("ner/other", "sw", other)
+    assert note == "entity types PER scored; DATE, MISC left out"
     items = task.items(other)
     outputs = [np.eye(task.outputs)[[task.tags.index(t) for t in ("B-PER", "B-MISC", "O")]]]
-    assert task.columns(other, items, outputs).tolist() == [[1, 1, 1]]
-    assert not task.target("ner/train", "de", [ner.Sentence(("Ada",), ("B-PER",))]) and task.scored == {"PER", "MISC"}
+    assert as_scored.columns(other, items, outputs).tolist() == [[1, 1, 1]]
+    assert task.columns(other, items, outputs).tolist() == [[1, 2, 1]]            # the task itself is as it was
+    assert task.target("ner/train", "de", [ner.Sentence(("Ada",), ("B-PER",))]) == (task, None)
+
+
+def test_mlqa_has_its_own_normalisation_and_goes_to_other_processes(tokenizer):
+    """A window that points at the whole context "der Hof", where the answer is "Hof"."""
+    questions = [qa.Question("1", 0, "der Hof", "Wo?", (qa.Answer("Hof", 4),))]
+    task = qa.Spans(tokenizer, 64)
+    items = task.items(questions)
+    outputs = [np.stack([np.arange(len(items[0].rows)) == row for row in (1, len(items[0].rows) - 1)], axis=1) * 9.0]
+    for name, language, scores in (("qa/mlqa", "de", [1, 1]), ("qa/mlqa", "en", [0, 2 / 3]), ("qa/xquad", "de", [0, 2 / 3])):
+        assert task.target(name, language, questions)[0].columns(questions, items, outputs)[0].tolist() == scores
+    assert task.normalise is metrics.squad_normalise                              # for the next seed's dev
+
+
+def test_dev_is_scored_alike_for_all_seeds(model, tokenizer, monkeypatch):
+    """After the first seed was scored on a data set with other entity types, too."""
+    class Report:
+        value = {"cells": [], "training": []}
+
+        def note(self, text, say):
+            pass
+    train = [ner.Sentence(("Ada", "x"), ("B-PER", "B-MISC"))] * 8
+    target = ("ner/other", "sw", "test", [ner.Sentence(("Ada", "today"), ("B-PER", "B-DATE"))])
+    seen, evaluate = [], finetune.evaluate
+    monkeypatch.setattr(finetune, "evaluate", lambda net, task, examples, *rest, **options: seen.append(
+        (examples is target[3], task.scored)) or evaluate(net, task, examples, *rest, **options))
+    run.fine_tune(Report(), run.Training("ner", "ner/x", "en", "", train, train[:2], [target]), model, tokenizer, "", 2,
+                  torch.float32, float("inf"), None, lambda line: None, rates=(1e-3,))
+    assert sum(here for here, _ in seen) == 2 and len(seen) > 4
+    assert all(scored == ({"PER"} if here else {"PER", "MISC"}) for here, scored in seen)
 
 
 # ---- questions ----------------------------------------------------------------------------------------------
@@ -386,6 +417,15 @@ def test_training_data_are_found_or_made():
     training, = run.assign("qa", [(DataSet("qa/x"), {"en": {"test": questions}})], Notes(), print)
     sides = [{q.article for q in part} for part in (training.train, training.dev, training.targets[0][3])]
     assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2] and all(sides)
+    # In parallel data the other languages' places are the same: no translation of a training article is scored.
+    parallel = {code: {"test": [qa.Question(code, i // 5, "c", "q", (qa.Answer("c", 0),)) for i in range(200)]}
+                for code in ("en", "de")}
+    training, = run.assign("qa", [(DataSet("qa/x"), parallel)], Notes(), print)
+    learnt = {q.article for q in training.train + training.dev}
+    assert [len(t[3]) for t in training.targets] == [100, 100] and not learnt & {q.article for q in training.targets[1][3]}
+    training, = run.assign("nli", [(DataSet("nli/x"), {"en": {"dev": pairs}, "de": {"dev": pairs}, "fr": {"dev": pairs[:1]}})],
+                           Notes(), print)
+    assert training.targets[0][:3] == ("nli/x", "de", "dev") and training.targets[0][3] == training.dev
     with pytest.raises(ValueError, match="names no source"):
         run.assign("sts", [(DataSet("sts/x"), {"de": {"test": []}})], Notes(), print)
 
@@ -442,6 +482,21 @@ def test_train_on_is_recorded_and_compared(folder, tmp_path):
     assert [(t["examples"], t["dev_examples"]) for t in value["training"]] == [(44, 4)]
     done = command("compare", tmp_path / "target.json", tmp_path / "all.json")
     assert "train_on: 'target' in the baseline, 'all' in the candidate" in done.output
+
+
+def test_a_language_with_training_data_alone_is_not_scored(folder, tmp_path):
+    rows = "".join(f"a {i},b {i},{i % 6}\n" for i in range(12))
+    (tmp_path / "sts").mkdir()
+    for name in ("en-train", "de-test"):
+        (tmp_path / f"sts/sts-{name}.csv").write_text(rows)
+    (tmp_path / "sts/sts-fr-test.csv").write_text("a,b,1\n")               # nor is one of one example, which is said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "EPOCHS", dict.fromkeys(run.EPOCHS, 1))
+        done = command("run", "--model", folder / "model", "--data", tmp_path, "--tasks", "sts", "--seeds", 1, "--rates", "1e-4",
+                       "--budget", "60s", "--out", tmp_path / "o.json")
+    assert done.exit_code == 0, done.output
+    assert [(c["task"], c["language"]) for c in report.load(tmp_path / "o.json")["cells"]] == [("sts-cosine", "de"), ("sts", "de")]
+    assert "note: sts fr test: 1 example: left out" in done.output
 
 
 # ---- reports ------------------------------------------------------------------------------------------------
@@ -559,7 +614,7 @@ def test_bad_input_is_known_before_anything_is_computed(folder, tmp_path):
                        "c/nli/x/en.train.tsv": "a\tb\tneutral\n"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    for data, names, out, words in ((tmp_path / "a", "nli", "o.json", "labels are contradiction, not entailment, neutral"),
+    for data, names, out, words in ((tmp_path / "a", "nli", "o.json", "labels are entailment, not contradiction, neutral"),
                                     (tmp_path / "b", "retrieval,neutrality", "o.json", "6 sentences of a language"),
                                     (tmp_path / "c", "nli", "o.json", "1 training examples are too few"),
                                     (folder / "eval", "sts", "file/o.json", "not a folder that can be written to")):
@@ -579,6 +634,12 @@ def test_reports_of_different_lengths_compare_on_what_both_have(reports, tmp_pat
     done = command("compare", reports[0], tmp_path / "short.json")
     assert "nli: nli/atlas: only the first 20 examples are in both: ar, en, fi, ro, ru, zh" in done.output and "**+0.00%**" in done.output
     assert "retrieval: retrieval/atlas: other examples" in done.output      # fewer candidates: another task
+
+
+def test_a_language_is_one_difference_and_its_tasks_weigh_alike():
+    """Whatever the number of data sets that have it."""
+    scores = {"ner": {"ner/a swa": (0.4, 0.2), "ner/b sw": (0.6, 0.2), "ner/a de": (0.1, 0.2)}, "nli": {"nli/x sw": (0.6, 0.7)}}
+    assert report.language_differences(scores) == pytest.approx([((0.2 + 0.4) / 2 - 0.1) / 2, -0.1])
 
 
 def test_language_codes_become_one():
