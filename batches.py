@@ -452,12 +452,14 @@ def pack_sequences(sequences):
     return tokens, cu_seqlens, max(lengths, default=0)
 
 
-def ordered(pool, function, items, ahead):
-    """function(item) for each item, in order, at most `ahead` of them in flight; leaving the loop stops the pool."""
+def ordered(pool, function, items, ahead, on_done=lambda item: None):
+    """function(item) for each item, in order, at most `ahead` of them in flight; leaving the loop stops the pool.
+    on_done(item) is called from another thread when an item is done, whichever it is."""
     pending = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
+            pending[-1].add_done_callback(lambda future, item=item: future.cancelled() or on_done(item))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:

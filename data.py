@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ import sentencepiece
 
 import corpus_report
 from wiki import download
+from wiki.progress import progress
 from batches import (BOS, EOS, FORMAT, MIN_DOCUMENT, PAD, SPLITS, UNK, VERSION, Corpus, check_files, load_tokenizer,
                      manifest_digest, memory_map, mix64, ordered, read_manifest, sampling_probabilities)
 from wiki.curate import LanguageClassifier, near_duplicates
@@ -153,7 +153,7 @@ def _tokenize_chunk(task):
     result, short = [], 0
     for split in (TRAIN, VALIDATION):
         kept = [text for text, f in zip(texts, fate) if f == split]
-        encoded = _tokenizer.encode(kept)
+        encoded = _tokenizer.encode(kept, num_threads=1)           # the others belong to the other workers
         lengths = np.array([len(ids) for ids in encoded], np.int64)
         short += int(np.count_nonzero(lengths < MIN_DOCUMENT))
         kept = [text for text, n in zip(kept, lengths) if n >= MIN_DOCUMENT]
@@ -206,7 +206,8 @@ def prepare(source, out, vocab_size=64000, tokenizer=None, languages=None, alpha
     one is trained, with vocab_size pieces, on sample_characters of the training documents, shared out as
     n_characters^alpha. append: add the languages that `out` does not hold yet, with its tokenizer, alpha and
     validation share; files of the others are not touched. The same input gives the same bytes, whatever `workers`
-    (None = all cores). Interrupted, it keeps what is finished in `out`.partial, and the same call goes on from there.
+    (None = all cores). Interrupted or refused, it keeps what is finished in `out`.partial, and the next call goes on
+    from there.
     Memory: the tokenizer's sample, a byte a document, and some 80 bytes (with reading.signatures 250) a document of
     the largest language. Returns the manifest. Raises ValueError.
     """
@@ -239,12 +240,12 @@ def prepare(source, out, vocab_size=64000, tokenizer=None, languages=None, alpha
                                  "replace it with --overwrite")
         try:
             manifest = _build(parts, partial, out, old, vocab_size, tokenizer, alpha, validation_share,
-                              workers or os.cpu_count(), sample_characters, reading)
-        except ValueError:                                         # bad input: the same call would end here again
-            shutil.rmtree(partial)
-            raise
-        except BaseException:
-            _warn(f"{partial}: keeps what is finished; the same command goes on from there")
+                              workers or len(os.sched_getaffinity(0)), sample_characters, reading)
+        except BaseException:                                      # a wrong --vocab-size must not cost the cleaned text
+            if any((partial / "clean").glob("*.json")):
+                _warn(f"{partial}: keeps what is finished; prepare with the same INPUT and --out goes on from there")
+            else:
+                shutil.rmtree(partial)
             raise
         if append:                                                 # the manifest last: until then `out` is as it was
             for path in partial.iterdir():
@@ -289,6 +290,7 @@ def _build(sources, folder, out, old, vocab_size, tokenizer, alpha, validation_s
         del entries[code], parts[code]
 
     # 1. Decide each document's fate.
+    _warn("looking for duplicates")
     parts, fates, dumps = {}, {}, {}
     for code, group in grouped.items():
         counts, dropped = Counter({"article": 0}), Counter({"empty": 0, "duplicate": 0, "short": 0})
@@ -387,10 +389,10 @@ def _build(sources, folder, out, old, vocab_size, tokenizer, alpha, validation_s
 
 def _clean_sources(sources, folder, reading, workers):
     """Every part through `clean_part` -> records in the order of `sources`. The largest are begun first."""
-    sizes = [part_size(part) for part in sources]
-    order = sorted(range(len(sources)), key=lambda i: -sizes[i])
-    done = dict(zip(order, list(_parallel(clean_part, [(sources[i], folder, reading) for i in order],
-                                          [sizes[i] for i in order], workers, "cleaning"))))
+    order = sorted(range(len(sources)), key=lambda i: -part_size(sources[i]))
+    cleaned = list(_parallel(clean_part, [(sources[i], folder, reading) for i in order],
+                             lambda task: part_size(task[0]), workers, "cleaning", ahead=len(sources)))
+    done = dict(zip(order, cleaned))
     records = [done[i] for i in range(len(sources))]
     for line in dict.fromkeys(line for record in records for line in record["warnings"]):
         _warn(line)
@@ -413,7 +415,7 @@ def _drop_other_languages(parts, dumps, out, old, workers):
         return
     classifier = LanguageClassifier.fit(samples, CLASSIFIER_CHARACTERS)
     chunks = [chunk for code in parts for chunk in _chunks(dumps[code], code)]
-    results = _parallel(_judge_chunk, chunks, [chunk[2] for chunk in chunks], workers, "languages",
+    results = _parallel(_judge_chunk, chunks, lambda chunk: chunk[2], workers, "languages",
                         _start_classifier, classifier)
     for wrong, chunk in zip(results, chunks):
         chunk[3][wrong] = OTHER_LANGUAGE
@@ -439,15 +441,15 @@ def _tokenize(parts, folder, keys, model, dtype, workers):
     """Languages, in order, into shards -> iterator of (code, record: files, counts). Finished ones are not repeated."""
     records = {code: finished(folder, f"shards-{code}", keys[code]) for code in parts}
     chunks = [(code, chunk) for code, found in parts.items() if not records[code] for chunk in _chunks(found, dtype)]
-    results = _parallel(_tokenize_chunk, [chunk for _, chunk in chunks], [chunk[2] for _, chunk in chunks], workers,
+    results = _parallel(_tokenize_chunk, [chunk for _, chunk in chunks], lambda chunk: chunk[2], workers,
                         "tokenising", _start_tokenizer, model)
-    for code, group in itertools.groupby(zip(chunks, results), key=lambda pair: pair[0][0]):
+    for code, group in itertools.groupby(zip(results, chunks), key=lambda pair: pair[1][0]):
         outputs, told, short = {}, Counter(), 0
         counts = {split: Counter(documents=0, tokens=0) for split in SPLITS}
         for split in SPLITS:
             outputs[split] = Output(folder / f"{code}.{split}.tokens"), Output(folder / f"{code}.{split}.offsets")
             outputs[split][1].write(np.zeros(1, "<i8").tobytes())
-        for _, (both, too_short) in group:
+        for (both, too_short), _ in group:
             short += too_short
             for split, (ids, lengths, n) in zip(SPLITS, both):
                 outputs[split][0].write(ids.tobytes())
@@ -468,23 +470,23 @@ def _start_worker(initializer=None, *arguments):
         initializer(*arguments)
 
 
-def _parallel(function, tasks, sizes, workers, label, initializer=None, *arguments):
-    """function(task) for each task, in order, on `workers` processes, with a progress bar in bytes."""
+def _parallel(function, tasks, size, workers, label, initializer=None, *arguments, ahead=None):
+    """function(task) for each task, in order, on `workers` processes, with progress in bytes: size(task).
+    ahead: results that may wait for an earlier one, 4 a worker by default."""
     if not tasks:
         return
     workers = min(workers, len(tasks))
-    if workers == 1:
-        if initializer:
-            initializer(*arguments)
-        results = map(function, tasks)
-    else:                                          # fork, for a spawned worker would import torch first
-        fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, fork, _start_worker, (initializer, *arguments))
-        results = ordered(pool, function, tasks, ahead=4 * workers)
-    with click.progressbar(length=sum(sizes), label=label, file=sys.stderr) as bar:
-        for result, size in zip(results, sizes):
-            bar.update(size)
-            yield result
+    with progress(sum(map(size, tasks)), label) as advance:
+        if workers == 1:
+            if initializer:
+                initializer(*arguments)
+            for task in tasks:
+                yield function(task)
+                advance(size(task))
+        else:                                      # fork, for a spawned worker would import torch first
+            fork = multiprocessing.get_context("fork")
+            pool = ProcessPoolExecutor(workers, fork, _start_worker, (initializer, *arguments))
+            yield from ordered(pool, function, tasks, ahead or 4 * workers, lambda task: advance(size(task)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -594,7 +596,10 @@ def inspect_command(folder, alpha, budget, max_epochs, sample, compare):
 def verify_command(folder):
     """Compare every file with the manifest's checksums."""
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    with progress(sum(entry["size"] for entry in manifest["files"].values()), "verifying") as advance:
+        for name, entry in manifest["files"].items():
+            check_files(folder, {"files": {name: entry}})
+            advance(entry["size"])
     for split in SPLITS:
         Corpus(folder, split, verify=False)
     if unknown := sorted({path.name for path in folder.iterdir()} - {"manifest.json", *manifest["files"]}):

@@ -30,6 +30,7 @@ INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\
 LANGUAGE = re.compile(r"[a-z][a-z0-9_-]*\.")      # start of a file name: a Wikipedia code
 DOWNLOAD = re.compile(r"\w+wiki-\d{8}-(cirrus|xml|xml-legacy)")      # a folder that `data.py download` makes
 PART_BYTES = 1 << 28                              # of a multistream dump; a constant, so that workers do not matter
+DOCUMENT_LIMIT = 1 << 26                          # bytes of a text's document: above, its blank lines are missing
 SAMPLES = 3                                       # pages kept for people to look at, a reason and language
 EXCERPT = 300                                     # characters of each
 
@@ -60,10 +61,15 @@ def _texts(folder):
 
 
 def read_documents(path):
-    """Streams a text file -> iterator of (raw text of a document, count of invalid UTF-8 sequences replaced in it)."""
-    lines, invalid = [], 0
+    """Streams a text file -> iterator of (raw text of a document, count of invalid UTF-8 sequences replaced in it).
+    ValueError for a document above DOCUMENT_LIMIT, as a file with a document a line would be."""
+    lines, invalid, size = [], 0, 0
     with open(path, "rb") as file:
         for line in file:
+            size += len(line)
+            if size > DOCUMENT_LIMIT:
+                raise ValueError(f"{path}: holds a document of more than {DOCUMENT_LIMIT:,} bytes; write a blank line "
+                                 "between documents")
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError:
@@ -71,9 +77,10 @@ def read_documents(path):
                 invalid += text.count("\ufffd") - line.count("\ufffd".encode())
             if text.strip("\ufeff \t\r\n"):
                 lines.append(text)
-            elif lines:
-                yield "".join(lines), invalid
-                lines, invalid = [], 0
+            else:
+                if lines:
+                    yield "".join(lines), invalid
+                lines, invalid, size = [], 0, 0
     if lines:
         yield "".join(lines), invalid
 

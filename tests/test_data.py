@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import batches
 import data
+import sources
 from data import (BOS, EOS, FIRST_PIECE, IGNORE, MASK, PAD, BatchConfig, Corpus, Prefetcher, clean, encode_text,
                   load_tokenizer, pack_sequences, packed_batch, prepare, sampling_probabilities, slot_probabilities,
                   validation_batches)
@@ -514,16 +515,33 @@ def test_bad_input_is_one_line(prepared, texts, tmp_path):
     assert "--languages names none" in one_line(run("prepare", texts, "--out", tmp_path / "d", "--languages", ","))
     for option, value in (("--alpha", "nan"), ("--budget", "0"), ("--budget", "nan"), ("--max-epochs", "-1")):
         assert f"is {value}" in one_line(run("inspect", prepared, option, value))
-    assert not (tmp_path / "d").exists() and not (tmp_path / "d.partial").exists()
+    assert not (tmp_path / "d").exists()
+    assert run("prepare", texts, "--out", tmp_path / "d", "--tokenizer", model, "--workers", 1).exit_code == 0
+    assert not (tmp_path / "d.partial").exists()                             # what refused calls had finished is used up
+    assert "<code>.txt" in one_line(run("prepare", tmp_path / "empty", "--out", tmp_path / "e"))
+    assert not (tmp_path / "e.partial").exists()
     assert "holds other files" in one_line(run("atlas", "--out", blank))     # its text/en.txt could be the user's
 
 
-def test_too_large_a_vocabulary_names_the_largest_that_fits(texts, tmp_path):
+def test_too_large_a_vocabulary_names_the_largest_that_fits_and_costs_no_work(texts, tmp_path, monkeypatch):
     arguments = ["prepare", texts, "--out", tmp_path / "d", "--languages", "en,ro", "--workers", 1, "--vocab-size"]
     message = one_line(run(*arguments, 50_000))
     largest = int(message.split("the largest that fits is ")[1].split(";")[0])
+    monkeypatch.setattr(sources, "Output", None)                             # nothing is cleaned again
     assert run(*arguments, largest).exit_code == 0
     assert len(load_tokenizer(tmp_path / "d" / "tokenizer.model")) == largest
+
+
+def test_a_file_without_blank_lines_is_refused(tmp_path, monkeypatch):
+    """It would be one document, read into memory as a whole."""
+    monkeypatch.setattr(sources, "DOCUMENT_LIMIT", 1000)
+    (tmp_path / "in").mkdir()
+    lines = "".join(document("en", i) + "\n" for i in range(100))
+    (tmp_path / "in" / "en.txt").write_text(lines.replace("\n", "\n\n"))
+    assert len(list(sources.read_documents(tmp_path / "in" / "en.txt"))) == 100
+    (tmp_path / "in" / "en.txt").write_text(lines)
+    assert "blank line" in one_line(run("prepare", tmp_path / "in", "--out", tmp_path / "d", "--workers", 1))
+    assert not (tmp_path / "d.partial").exists()                             # nothing was finished
 
 
 def flip(path):

@@ -2,6 +2,7 @@
 import email.utils
 import hashlib
 import json
+import signal
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wiki import download as dl
+from wiki import progress
 from wiki.download import Client, DownloadError, NotFound, RemoteFile
 
 DAY = "20260105"
@@ -107,6 +109,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if kind == "length":
             self.wfile.write(data[:len(data) + min(values[0], 0)])
+        elif kind == "interrupt":                     # Ctrl-C while a long file arrives
+            for i in range(100):
+                self.wfile.write(data[i * 5000:(i + 1) * 5000])
+                time.sleep(0.1)
+                if i == 2:
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         elif kind == "cut":
             self.wfile.write(data[:values[0]])
         else:
@@ -371,6 +379,31 @@ def test_one_bad_file_does_not_stop_the_others(server, tmp_path, monkeypatch):
     result = run(server, tmp_path)
     assert result.exit_code == 2 and "00001.json.bz2: the server asks to wait 9 s" in result.output
     assert len(dl.read_manifest(tmp_path / "x")) == 3
+
+
+def test_interrupted(server, client, tmp_path):
+    """Ctrl-C stops within a file, not at its end, and the next call goes on from there."""
+    file = one_file(server)
+    server.faults["/d/a.bin"] = [("interrupt",)]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        dl.transfer(client, [file], tmp_path)
+    assert time.monotonic() - start < 5                                # 10 s for the whole of it
+    begun = (tmp_path / "d/a.bin.part").stat().st_size
+    server.requests.clear()
+    dl.transfer(client, [file], tmp_path)
+    assert server.requests[0][1]["Range"] == f"bytes={begun}-" and (tmp_path / "d/a.bin").read_bytes() == DATA
+
+
+def test_progress_in_a_log_file(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    with progress.progress(4_000_000, "cleaning") as advance:
+        advance(0)
+        advance(1_000_000)
+    with progress.progress(107, "looking for dumps", "languages") as advance:
+        advance(107)
+    assert capsys.readouterr().err.splitlines() == ["cleaning: 1 of 4 MB, 0 minutes left",
+                                                    "looking for dumps: 107 of 107 languages, 0 minutes left"]
 
 
 def test_bad_input_is_one_line(server, tmp_path):

@@ -347,6 +347,19 @@ def test_verify_notices_what_a_kill_at_the_end_leaves(prepared, dumps, tmp_path)
     assert "already prepared" in run("prepare", dumps, "--out", out).output and files(out) == files(prepared)
 
 
+def test_half_a_surrogate_pair_in_a_dump(prepared, tmp_path):
+    """JSON can hold it, UTF-8 cannot; in a kept page, and in the title of one that is dropped."""
+    pages = [text("ro", i) for i in range(30)] + ["Scurt \ud800."]
+    pages[3] += " \udfff"
+    dump = cirrus_dump(pages).replace("P30", "P\ud83030").encode("utf-8", "backslashreplace")
+    (tmp_path / "rowiki_content-x.json").write_bytes(dump)
+    result = run("prepare", tmp_path / "rowiki_content-x.json", "--out", tmp_path / "d", "--tokenizer",
+                 prepared / "tokenizer.model", "--workers", 1)
+    assert result.exit_code == 0 and "no CirrusSearch" not in result.output, result.output
+    assert data.read_manifest(tmp_path / "d")["languages"]["ro"]["pages"] == {"article": 31}
+    assert "P?30: Scurt ?." in run("inspect", tmp_path / "d", "--sample", "ro").output
+
+
 def test_odd_input(prepared, tmp_path):
     """Dumps that hold nothing, are none, are cut off or do not tell their language end no work on the others."""
     folder, model = tmp_path / "in", prepared / "tokenizer.model"

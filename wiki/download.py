@@ -1,4 +1,4 @@
-"""Download of Wikipedia dumps: resolve, resume, verify, record. Standard library only (and click for the bars).
+"""Download of Wikipedia dumps: resolve, resume, verify, record. Standard library only (and click for the command).
 
     download(["ro", "sw"], "DIR", source="cirrus", contact="me@example.org")
 
@@ -23,7 +23,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import threading
 import time
 import urllib.parse
@@ -35,6 +34,7 @@ from typing import NamedTuple
 import click
 
 from wiki.languages import LANGUAGES
+from wiki.progress import progress
 from wiki.wikipedia import wiki_name
 
 BASE_URL = "https://dumps.wikimedia.org"
@@ -513,7 +513,8 @@ def download(languages, out, source="cirrus", date="latest", contact=None, base_
     """
     client = client or Client(base_url, contact)
     out = Path(out)
-    files, missing = plan(client, languages, source, date)
+    with progress(len(languages), "looking for dumps", "languages") as advance:
+        files, missing = plan(client, languages, source, date, lambda language: advance(1))
     for line in missing:
         echo(line, err=True)
     if not files:
@@ -565,11 +566,13 @@ def _download_all(client, files, out):
     if needed - begun > free:
         raise DownloadError(f"{out}: {(needed - begun) / 1e9:,.1f} GB to download, {free / 1e9:,.1f} GB free")
     failed = None
-    with click.progressbar(length=needed, label="downloading", file=sys.stderr) as bar, \
-            ThreadPoolExecutor(CONNECTIONS) as pool:
+    stopped = threading.Event()
+    with progress(needed, "downloading") as bar, ThreadPoolExecutor(CONNECTIONS) as pool:
         def advance(count):
+            if stopped.is_set():                                # Ctrl-C must not wait for the end of three files
+                raise DownloadError("stopped")
             with lock:
-                bar.update(count)
+                bar(count)
 
         def one(file):
             entry = fetch(client, file, out, advance)
@@ -585,6 +588,7 @@ def _download_all(client, files, out):
                 except DownloadError as error:
                     failed = failed or error
         finally:
+            stopped.set()
             for future in futures:
                 future.cancel()
     if failed:
