@@ -14,7 +14,9 @@ resumed run, another number of processes or another micro-batch split reads the 
 """
 import hashlib
 import json
+import mmap
 import re
+import resource
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -110,10 +112,22 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def memory_map(path, dtype):
+def memory_map(path, dtype, random=False):
+    """A file as an array that is read where it is looked at; random: without what lies next to it."""
     if path.stat().st_size == 0:                 # an empty file cannot be mapped
         return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    _allow_open_files()
+    array = np.memmap(path, dtype, mode="r")
+    if random:                                   # read-ahead makes hundreds of kilobytes of one cold sequence
+        array._mmap.madvise(mmap.MADV_RANDOM)
+    return np.asarray(array)
+
+
+def _allow_open_files(wanted=8192):
+    """Each mapping keeps its file open: a hundred languages in a dozen parts are more than the usual limit of 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:                       # below 0: no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def load_tokenizer(path):
@@ -151,7 +165,7 @@ class Corpus:
         dtype = np.dtype(self.manifest["dtype"])
         self._tokens, self._offsets = [], []
         for language in self.languages:
-            tokens = memory_map(folder / f"{language}.{split}.tokens", dtype)
+            tokens = memory_map(folder / f"{language}.{split}.tokens", dtype, random=True)
             offsets = memory_map(folder / f"{language}.{split}.offsets", np.dtype("<i8"))
             if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(tokens):
                 raise ValueError(f"{folder / f'{language}.{split}.offsets'}: does not fit its tokens file; "
@@ -163,7 +177,7 @@ class Corpus:
 
     def tokens(self, language):
         """The stream of a language (its code): ids without specials, document after document [n] uint16 or uint32."""
-        return self._tokens[self.languages.index(language)]
+        return memory_map(self.folder / f"{language}.{self.split}.tokens", np.dtype(self.manifest["dtype"]))
 
     def mean_length(self, max_length):
         """Expected sequence length a language, specials included, when documents are drawn in proportion to their

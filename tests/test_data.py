@@ -1,6 +1,7 @@
 """data.py and batches.py: the loader on corpora whose ids say where each token comes from; prepare on text from here."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -430,6 +431,27 @@ def test_split_depends_on_the_document_alone(prepared, tmp_path):
     after = set(documents(tmp_path / "d", "validation", "ro"))
     assert before == after & {document("ro", i) for i in range(120)}
     assert not after & set(documents(tmp_path / "d", "train", "ro"))
+
+
+def test_a_corpus_of_many_languages_opens_where_few_files_may_be_open(corpus, tmp_path):
+    """Each mapping keeps its file open, two a language."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = write_corpus(tmp_path / "c", {f"{a}{b}": [9] for a in "abcdefgh" for b in "abcdefgh"}).folder
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+        assert len(Corpus(many).languages) == 64
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_batches_read_without_read_ahead_and_streams_with_it(corpus):
+    """A cold sequence costs its own pages of the disk, not the hundreds of kilobytes around it."""
+    def advised(name):
+        lines = Path("/proc/self/smaps").read_text().split(f"{corpus.folder}/{name}\n")[1:]
+        return [" rr " in next(line for line in part.splitlines() if line.startswith("VmFlags:")) for part in lines]
+    assert advised("bb.train.tokens") == [True] and advised("bb.train.offsets") == [False]
+    stream = corpus.tokens("bb")
+    assert sorted(advised("bb.train.tokens")) == [False, True] and len(stream) == corpus.tokens_per_language[1]
 
 
 def test_small_languages_still_get_validation():
