@@ -89,14 +89,15 @@ class Checkpoints:
             os.rename(hidden, self.path(step))
             sync_folder(self.folder)
             write_atomically(self.folder / "latest", [self.path(step).name.encode()])
-            self._prune()
+            self._prune(step)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             self.warn(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, "
                       f"the checkpoints before it are intact")
             shutil.rmtree(hidden, ignore_errors=True)
 
-    def _prune(self) -> None:
-        for step in self.steps()[:-self.keep]:
+    def _prune(self, newest: int) -> None:
+        """Later ones than `newest`, just written, are of before a resumption that passed over them: they do not count."""
+        for step in [s for s in self.steps() if s <= newest][:-self.keep]:
             if not self.keep_every or step % self.keep_every:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 

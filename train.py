@@ -247,7 +247,8 @@ class Run:
     def on_signal(self, number, frame) -> None:
         """First signal: finish the step, save, stop. Second one: leave at once."""
         # Ctrl-C reaches a process of torchrun twice, from the terminal and from the launcher.
-        if self.stop_asked and time.monotonic() - self.stop_asked > ("LOCAL_RANK" in os.environ and 3):
+        patience = 3 if "LOCAL_RANK" in os.environ else 0
+        if self.stop_asked and time.monotonic() - self.stop_asked > patience:
             os._exit(128 + number)
         self.stop_asked = self.stop_asked or time.monotonic()
 
@@ -259,9 +260,11 @@ class Run:
             # A batch's shapes never change, so that the step can be replayed as it was recorded.
             module = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
         if world.size > 1:
+            # Only through predictions of tokens does every weight get a gradient. (static_graph=True would find the others
+            # at no cost, but does not go with no_sync: it takes the first micro-batch for the whole step.)
             module = nn.parallel.DistributedDataParallel(
-                module, device_ids=[world.local_rank] if self.device.type == "cuda" else None,
-                gradient_as_bucket_view=True, static_graph=True)
+                module, device_ids=[world.local_rank] if self.device.type == "cuda" else None, gradient_as_bucket_view=True,
+                broadcast_buffers=False, find_unused_parameters=not (config.mlm_weight or config.kd_weight))
             if config.reduce_dtype == "bfloat16":
                 module.register_comm_hook(world.size, average_in_bfloat16)
         self.objective.train()
@@ -407,12 +410,13 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     world.say(f"{title}: {config.preset}, {encoder / 1e6:.2f} M parameters + {run.model.embedding.weight.numel() / 1e6:.2f} M "
               f"embeddings, {len(corpus.languages)} languages, {config.steps} steps of {run.rows * run.batch_config.row_tokens:,} "
               f"tokens, {config.dtype} on {world.size} x {config.device}")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, run.on_signal)
     before = evaluate(run) if run.objective.predictions_of_teacher and run.step == 0 else None
+    handlers = {number: signal.signal(number, run.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     start = time.perf_counter()
     last = run.train()
     seconds = time.perf_counter() - start
+    for number, handler in handlers.items():  # all is saved: what follows may be stopped at once, and is done again by --resume
+        signal.signal(number, handler)
     scores = evaluate(run) | ({"before": before} if before else {})
     run.log(dict(step=run.step, validation=scores))
     if world.rank == 0:
@@ -478,6 +482,7 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
     if cuda:
         torch.cuda.set_device(world.local_rank)
         torch.set_float32_matmul_precision("high")
+    world.barrier()  # all have looked whether the folder is free (settle): now rank 0 may write there
     with claimed(out, settings) if world.rank == 0 else nullcontext():
         train_stages(config, settings, out, world)
 
@@ -499,8 +504,8 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
     elif settings["teacher"]:
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
-        first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, adv_weight=0.0,
-                                    init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
+        first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
+                                    adv_weight=0.0, init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")

@@ -195,7 +195,8 @@ class UniBERT(nn.Module):
 
     def __init__(self, config: UniBERTConfig):
         super().__init__()
-        self.config, self.checkpoint_activations = config, False
+        self.config = config
+        self.checkpoint_activations = False  # True: keep each block's input alone, and compute the rest again in backward
         bias = config.block == "post"
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.block == "post":
@@ -247,7 +248,11 @@ class UniBERT(nn.Module):
         if states is not None:
             states.append(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, local if i % self.config.global_every else layout)
+            inputs = x, local if i % self.config.global_every else layout
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
             if states is not None:
                 states.append(x)
         return self.final_norm(x)
@@ -327,6 +332,7 @@ class LanguageDiscriminator(nn.Module):
         blow up the encoder.
         """
         bound = -prior.clamp_min(1e-9).log()[languages.clamp_min(0)]
+        bound = bound.clamp_min(1e-9)  # of the only language it is 0, and the loss too
         with torch.no_grad():
             loss = F.cross_entropy(self(features), languages, ignore_index=IGNORE, reduction="none")
         scale = strength * self.pressure(loss / bound).to(features.dtype)[:, None]
@@ -366,7 +372,7 @@ def relation_distillation(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, 
     inside = segment < count
     slot = torch.where(inside, segment * max_seqlen + position, count * max_seqlen)  # the last row takes the rest
     valid = torch.arange(max_seqlen, device=student.device) < cu_seqlens.diff()[:, None]     # [S, L]
-    mask = torch.where(valid, 0.0, float("-inf"))[:, None, None, :].nan_to_num(neginf=-1e9)  # keys [S, 1, 1, L]
+    mask = torch.where(valid, 0.0, -1e9)[:, None, None, :]                                   # keys [S, 1, 1, L]
 
     def relations(x: Tensor) -> Tensor:
         x = x.flatten(2).float()                                                             # [T, 3, H]
@@ -480,6 +486,21 @@ def save_model(model: UniBERT, folder: os.PathLike | str, tokenizer: os.PathLike
     write_atomically(folder / "config.json", [json.dumps(dataclasses.asdict(model.config), indent=1).encode() + b"\n"])
 
 
+class _NoDraws(torch.overrides.TorchFunctionMode):
+    """Without what torch.nn.init draws: on the meta device that fills nothing, and its first draw imports for a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def empty_model(config: UniBERTConfig) -> UniBERT:
+    """A model of shapes alone, for load_state_dict(..., assign=True)."""
+    with torch.device("meta"), _NoDraws():
+        return UniBERT(config)
+
+
 def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") -> UniBERT:
     """Read a model folder, in evaluation mode. Raises ValueError in one line that names the file and the fault."""
     folder = pathlib.Path(folder)
@@ -492,8 +513,7 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a UniBERT's ({error}); others' checkpoints are brought in by "
                          "`python unibert.py import`") from None
-    with torch.device("meta"):
-        model = UniBERT(config)
+    model = empty_model(config)
     tensors, wanted = read_safetensors(folder / "model.safetensors"), model.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise ValueError(f"{folder / 'model.safetensors'}: tensor {name} is " +

@@ -51,9 +51,9 @@ def one(data, tmp_path_factory):
     return curve(out)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_curve_does_not_depend_on_the_number_of_processes(data, one, tmp_path, processes):
-    process = start(data, tmp_path / "run", "--nproc", str(processes))
+@pytest.mark.parametrize("processes,micro", [(2, 1024), (4, 2048)])      # two micro-batches a process, and one
+def test_the_curve_does_not_depend_on_the_number_of_processes(data, one, tmp_path, processes, micro):
+    process = start(data, tmp_path / "run", "--nproc", str(processes), "--micro-batch-tokens", str(micro))
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0, printed
     assert printed.count("step     12/12") == 1  # one rank speaks
@@ -76,6 +76,17 @@ def test_gradients_may_travel_in_16_bits(data, one, tmp_path):
     assert process.returncode == 0, printed
     apart = [abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, curve(tmp_path / "run")) if "loss" in a]
     assert 0 < max(apart) < 0.02, apart  # rounded, and no worse
+
+
+def test_distillation_alone_in_two_processes(data, tmp_path):
+    """No loss reaches the student's MLM head. Its teacher is trained all the same, by MLM."""
+    process = start(data, tmp_path / "run", "--nproc", "2", "--micro-batch-tokens", "1024", "--steps", "6", "--mlm-weight", "0",
+                    "--adv-weight", "0", "--kd-weight", "0", "--kd-sentence-weight", "1")
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    assert curve(tmp_path / "run" / "teacher")[0]["loss"] > 4
+    losses = [r["sentence_loss"] for r in curve(tmp_path / "run") if "loss" in r]
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 def ranks_of(process):

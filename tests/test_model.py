@@ -161,6 +161,14 @@ def test_the_reversed_gradient_fades_in_a_line_towards_the_prior():
     assert gradient(0.999).norm() < 0.01 * gradient(0.3).norm() and gradient(1.01).norm() == 0
 
 
+def test_the_only_language_has_nothing_to_hide():
+    """A corpus of one language: -log prior is 0, and so is the loss; nothing may become 0 / 0."""
+    discriminator, features = LanguageDiscriminator(8, 1), torch.randn(3, 8, requires_grad=True)
+    loss, _ = discriminator.adversarial_loss(features, torch.tensor([0, 0, IGNORE]), 1.0, torch.ones(1))
+    loss.sum().backward()
+    assert not loss.any() and not features.grad.any()
+
+
 def test_reversal_under_double_use_and_zero():
     x = torch.ones(3, 2, requires_grad=True)
     (GradientReversal.apply(x, torch.zeros(())) * 2 + x).sum().backward()

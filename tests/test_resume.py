@@ -176,6 +176,22 @@ def test_last_few_and_every_mth_are_kept(tmp_path):
     assert checkpoints.steps() == [4, 8, 9, 10]
 
 
+def test_damaged_ones_do_not_push_out_whole_ones(tmp_path):
+    """Both of the newest are damaged, so the run goes on from an older one: what it then saves must stay."""
+    checkpoints = Checkpoints(tmp_path, keep=2, warn=lambda text: None)
+    for step in (4, 12, 16):
+        checkpoints.keep = 3
+        checkpoints.save(step, state(step))
+    checkpoints.wait()
+    for step in (12, 16):
+        (checkpoints.path(step) / "state.pt").write_bytes(b"")
+    checkpoints.keep = 1
+    assert checkpoints.load_newest()[0] == 4
+    checkpoints.save(8, state(8))
+    checkpoints.wait()
+    assert checkpoints.load_newest()[0] == 8
+
+
 def test_a_full_disk_is_a_warning_and_the_old_checkpoint_stays(three, monkeypatch):
     checkpoints, said = three
 
