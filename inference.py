@@ -61,7 +61,7 @@ def fill_mask(model: UniBERT, tokenizer, text: str, top: int = 5) -> list[list[t
             for ps, vs in zip(pieces.tolist(), values.tolist())]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors no classifier could be trained on
 def embed_ids(model: UniBERT, sequences: list[list[int]], tokens_per_batch: int = 4096) -> Tensor:
     """Sequences of ids, <s> and </s> included -> the mean of each one's last hidden states [n, H] fp32, on the CPU.
 

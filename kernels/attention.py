@@ -397,14 +397,16 @@ def triton_backward(do, q, k, v, out, lse, cu_seqlens, max_seqlen, dropout=0.0, 
 
 # ----------------------------------------------------------------------------------------------- operators for autograd
 
-@torch.library.custom_op("unibert::attention", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str,
+def _compute(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str,
              dropout: float, seed: int) -> tuple[Tensor, Tensor]:
     _check_values(q, cu_seqlens, max_seqlen)
     with running_on(q):
         if backend == "triton":
             return triton_forward(q, k, v, cu_seqlens, dropout, seed)
         return attention_torch.forward(q, k, v, cu_seqlens, dropout, seed)
+
+
+_forward = torch.library.custom_op("unibert::attention", _compute, mutates_args=())
 
 
 @_forward.register_fake
@@ -510,4 +512,8 @@ def attention(q, k, v, cu_seqlens, max_seqlen, backend="auto", dropout=0.0, seed
     if backend == "reference":
         _check_values(q, cu_seqlens, max_seqlen)
         return reference(q, k, v, cu_seqlens, dropout, seed)
-    return _forward(q, k, v, cu_seqlens, max_seqlen, backend, dropout, seed)[0]
+    arguments = q, k, v, cu_seqlens, max_seqlen, backend, dropout, seed
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if differentiated or torch.compiler.is_compiling() or type(q) is not Tensor or q.is_meta:
+        return _forward(*arguments)[0]
+    return _compute(*arguments)[0]      # no one to tell what was done: an operator's first call takes a second of imports

@@ -56,6 +56,7 @@ def test_embed_is_the_mean_over_each_sentences_own_tokens(folder):
     prefixed = embed(model, tokenizer, ["fox"], prefix="the ")
     torch.testing.assert_close(prefixed[0], wanted[0], rtol=0, atol=1e-5)
     assert embed(model, tokenizer, []).shape == (0, 64)
+    torch.nn.Linear(64, 2)(normal).sum().backward()             # a classifier can be trained on them
 
 
 def test_stream_is_embed_line_by_line(folder, monkeypatch):
@@ -140,6 +141,14 @@ def test_from_the_shell(folder, tmp_path):
     scores = [line.split() for line in answer.output.splitlines()]
     assert scores[0] == ["1.0000", "fox"] and scores[1][1] == "dog"
     assert float(scores[1][0]) == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-4)
+
+
+def test_using_a_model_does_not_import_the_compiler(folder):
+    """torch._dynamo takes a second, half of the time of a fill-mask: no operator, and no draw on the meta device."""
+    script = ("import sys, inference\nmodel, tokenizer = inference.load(sys.argv[1])\ninference.fill_mask(model, tokenizer, '[MASK]')\n"
+              "inference.embed(model, tokenizer, ['fox'])\nprint('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("arguments,wanted", [
