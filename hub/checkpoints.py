@@ -28,7 +28,7 @@ from data import (BOS, EOS, FIRST_PIECE, Corpus, encode_text, list_sources, load
                   read_documents)
 from hub.vocabulary import (SentencePieceModel, WordPiece, choose_pieces, from_fairseq, is_ours, keep_pieces,
                             load_vocabulary, read_tokenizer_json, read_vocabulary, read_wordpiece)
-from unibert import (UniBERT, UniBERTConfig, load_model, mean_pool, read_safetensors, refusals, save_model,
+from unibert import (UniBERT, UniBERTConfig, empty_model, load_model, mean_pool, read_safetensors, refusals, save_model,
                      write_atomically)
 
 # ------------------------------------------------------------------------------------------- names of the tensors
@@ -238,8 +238,7 @@ def convert_weights(tensors: dict[str, Tensor], kind: str, config: UniBERTConfig
             tensors.setdefault(tied, copy)
     config = dataclasses.replace(config, mlm_head=any(name.startswith(tuple(family["head"].values()))
                                                       for name in tensors))
-    with torch.device("meta"):
-        model = UniBERT(config)
+    model = empty_model(config)
     token_types = tensors.pop(TOKEN_TYPES, None)
     wanted, state = {}, {}
     for name, slot in model.state_dict().items():
@@ -269,8 +268,7 @@ def convert_weights(tensors: dict[str, Tensor], kind: str, config: UniBERTConfig
         for name in ("embedding.weight", "decoder_bias"):
             if name in state:
                 state[name] = state[name][rows]
-    with torch.device("meta"):
-        model = UniBERT(dataclasses.replace(config, vocab_size=state["embedding.weight"].shape[0]))
+    model = empty_model(dataclasses.replace(config, vocab_size=state["embedding.weight"].shape[0]))
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -307,6 +305,8 @@ TITLE = "# A UniBERT model"            # of the model card that export writes
 def written_by_us(folder: Path) -> bool:
     """Whether a folder is an empty one, a model folder of ours or an export: nothing else is ever replaced."""
     config, card = folder / "config.json", folder / "README.md"
+    if folder.name == "final" and (folder.parent / "metrics.jsonl").is_file():        # what a run has learnt
+        return False
     return (folder.is_dir() and not any(folder.iterdir())
             or config.is_file() and {"block", "vocab_size"} <= read_json(config).keys()
             or card.is_file() and TITLE in card.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -327,6 +327,7 @@ def new_folder(folder: Path, source: Path):
     try:
         yield partial
         if folder.exists():
+            click.echo(f"note: {folder} was there, and is replaced")
             folder.rename(old)             # so that at no moment half a folder goes by this name
         partial.rename(folder)
         if old.exists():
@@ -433,8 +434,7 @@ def trim_model(model: UniBERT, keep: np.ndarray) -> UniBERT:
     for name in ("embedding.weight", "decoder_bias"):
         if name in state:
             state[name] = state[name][torch.from_numpy(keep)]
-    with torch.device("meta"):
-        small = UniBERT(dataclasses.replace(model.config, vocab_size=len(keep)))
+    small = empty_model(dataclasses.replace(model.config, vocab_size=len(keep)))
     small.load_state_dict(state, assign=True)
     return small.eval()
 

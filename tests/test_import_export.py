@@ -396,23 +396,28 @@ def test_refusals(tmp_path, monkeypatch, damage, wanted):
 
 
 def test_only_folders_of_ours_are_replaced(tmp_path, tokenizer_file):
-    """Not someone's files, not a downloaded checkpoint, not the source, not the run that holds the source."""
+    """Not someone's files, not a downloaded checkpoint, not what a run has learnt, not the source, not the run that holds it.
+    What import, trim or export wrote is, with a word."""
     theirs, other = bert_folder(tmp_path / "theirs"), bert_folder(tmp_path / "other")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     save_model(our_model("post"), tmp_path / "run" / "final", tokenizer_file)
     (tmp_path / "run" / "config.json").write_text(json.dumps(dict(block="post", steps=3)))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
     for command, source, target in ((checkpoints.import_command, theirs, tmp_path / "precious"),
                                     (checkpoints.import_command, theirs, other), (checkpoints.import_command, theirs, theirs),
+                                    (checkpoints.import_command, theirs, tmp_path / "run" / "final"),
                                     (export.export_command, tmp_path / "run" / "final", tmp_path / "run" / "final"),
                                     (export.export_command, tmp_path / "run" / "final", tmp_path / "run")):
         done = CliRunner().invoke(command, [str(source), str(target)])
         assert done.exit_code == 2 and "choose another name" in done.output, done.output
     assert sorted(tmp_path.rglob("*")) == before
-    for _ in range(2):
-        assert CliRunner().invoke(checkpoints.import_command, [str(theirs), str(tmp_path / "ours")]).exit_code == 0
-        assert CliRunner().invoke(export.export_command, [str(tmp_path / "run" / "final"), str(tmp_path / "out")]).exit_code == 0
+    for again in (False, True):
+        for command, source, target in ((checkpoints.import_command, theirs, tmp_path / "ours"),
+                                        (export.export_command, tmp_path / "run" / "final", tmp_path / "out")):
+            done = CliRunner().invoke(command, [str(source), str(target)])
+            assert done.exit_code == 0 and (f"{target} was there, and is replaced" in done.output) == again, done.output
 
 
 def test_a_kill_while_a_folder_is_replaced_leaves_a_whole_one(tmp_path, monkeypatch):
