@@ -46,6 +46,8 @@ class Duration(click.ParamType):
 
 
 def task_list(ctx, param, value):
+    if value is None:
+        return None
     names = [name.strip() for name in value.split(",") if name.strip()]
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
@@ -84,7 +86,7 @@ def main():
 @main.command("run")
 @click.option("--model", required=True, type=click.Path(file_okay=False), help="A model folder.")
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False), help="DIR/<task>/<data set>.")
-@click.option("--tasks", "names", default=",".join(NAMES), callback=task_list)
+@click.option("--tasks", "names", callback=task_list, show_default="all that DATA has", help=f"Of {', '.join(NAMES)}.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False), callback=new_file, help="The report, JSON.")
 @click.option("--prefix", default="", help="Before each sentence of STS and retrieval; e5 models want 'query: '.")
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Fine-tuning runs a task.")
@@ -104,6 +106,7 @@ def main():
 def run_command(model, data, names, out, like, **options):
     """Fine-tune and score a model on every language of every task."""
     from eval import report, run
+    names = names or (tasks.present(data) + ["neutrality"] * ("retrieval" in tasks.present(data)))
     run.run(model, data, names, out, like=like and report.load(like), say=click.echo, **options)
     click.echo(f"written: {out}")
 
@@ -122,14 +125,14 @@ def compare_command(baseline, candidate):
 @click.option("--config", "path", type=click.Path(exists=True, dir_okay=False),
               help="JSON of train.py options, with data, eval_data and teacher. [default: the atlas]")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="A folder; the same one goes on after a stop.")
-@click.option("--tasks", "names", default=",".join(tasks.TASKS), callback=task_list)
+@click.option("--tasks", "names", callback=task_list, show_default="all that the data have", help=f"Of {', '.join(tasks.TASKS)}.")
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Pretraining runs a rung, each fine-tuned once a task.")
 @click.option("--budget", type=Duration(), help="Wall time, as 8h: steps, seeds and tests are cut to fit. [atlas: 15m]")
 @click.option("--limit", type=click.IntRange(2), help="At most so many examples of each split.")
 def ablate_command(path, out, **options):
     """MLM; + adversary; + distillation; all: pretrain and evaluate the four on one budget."""
     from eval import ablate
-    if "neutrality" in options["names"]:
+    if "neutrality" in (options["names"] or ()):
         raise click.BadParameter("neutrality is no task with a score to compare; leave it out", param_hint="--tasks")
     click.echo(ablate.ablate(ablate.read_config(path) if path else {}, out, say=click.echo, **options))
     click.echo(f"written: {out}/ablation.md")

@@ -100,8 +100,22 @@ def sequence(pieces, limit):
 
 
 class Task(abc.ABC):
-    """What a task module gives to the loop. Python refuses a task that leaves one of the abstract methods out."""
+    """What a task module gives to the loop, as its HEAD. Python refuses one that leaves an abstract method out."""
+    epochs: int               # over the training data
+    metric: str               # the name of `score`
+    column_names: tuple       # of `columns`
+    also = ()                 # (name, function of the columns) of further scores, which `show` prints
+    longest = 128             # ids of a sequence at most
     outputs = 0               # width of the linear head; 0: no head, the states themselves
+
+    def __init__(self, tokenizer, max_length, train=(), prefix=""):
+        """train: the examples to learn from, which may decide `outputs`; prefix: before each sentence, where the model's
+        sentence vectors are compared."""
+        self.tokenizer, self.limit, self.prefix = tokenizer, min(max_length, self.longest), prefix
+
+    @staticmethod
+    def mismatch(train, examples):
+        """Why examples cannot be scored after training on `train`, in words, or None."""
 
     def target(self, name, language, examples):
         """The task as `language` of data set `name` is scored, and a note for the report, or None. A copy where that is
@@ -120,9 +134,10 @@ class Task(abc.ABC):
     def columns(self, examples, items, outputs):
         """`predict`'s outputs -> float64 [examples, columns], what statistics.Cell resamples."""
 
+    @staticmethod
     @abc.abstractmethod
-    def score(self, *columns, weights=None):
-        """The score of such columns; higher is better."""
+    def score(*columns, weights=None):
+        """The score of such columns, as in metrics.py; higher is better."""
 
 
 # ---- precision ----------------------------------------------------------------------------------------------

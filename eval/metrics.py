@@ -1,10 +1,10 @@
 """Scores of the evaluation tasks, in numpy.
 
 entities, entity_counts   NER: micro F1 over entities, as seqeval by default and conlleval
-accuracy, mean            NLI; any score that is a mean over examples
+mean                      NLI; any score that is a mean over examples
 squad_normalise, mlqa_normalise, answer_scores    QA: exact match and F1 of the official scripts
 pearson, spearman         STS
-retrieval_hits, retrieval_accuracy                sentence retrieval by cosine
+retrieval_hits            sentence retrieval by cosine
 
 Scores are fractions (0..1) or correlations (-1..1), never percentages.
 
@@ -32,13 +32,6 @@ def mean(values, weights=None):
         return float(values.mean())
     weights = np.asarray(weights, dtype=np.float64)
     return weights @ values / weights.sum(1)
-
-
-def accuracy(predicted, gold):
-    """Share of positions where the two label sequences agree. Raises ValueError for unequal lengths."""
-    if len(predicted) != len(gold):
-        raise ValueError(f"{len(predicted)} predictions for {len(gold)} labels")
-    return mean([p == g for p, g in zip(predicted, gold)])
 
 
 def f1_from_counts(correct, predicted, gold, weights=None):
@@ -237,10 +230,3 @@ def retrieval_hits(x, y, centre=False):
             nearest = (queries[start:start + 1024] @ index.T).argmax(1)
             hits[row, start:start + 1024] = nearest == np.arange(start, start + len(nearest))
     return hits
-
-
-def retrieval_accuracy(x, y):
-    """Retrieval accuracy of x, y [N, D]: a dict with x_to_y, y_to_x, centred_x_to_y, centred_y_to_x."""
-    raw, centred = retrieval_hits(x, y).mean(1), retrieval_hits(x, y, centre=True).mean(1)
-    return {"x_to_y": float(raw[0]), "y_to_x": float(raw[1]),
-            "centred_x_to_y": float(centred[0]), "centred_y_to_x": float(centred[1])}

@@ -75,15 +75,12 @@ def entity_types(sentences):
     return {tag[2:] for sentence in sentences for tag in sentence.tags if tag != "O"}
 
 
-def check_types(data, where, train=None):
-    """Raise ValueError if train and the files to score have different entity types.
+def check_types(data, where):
+    """Raise ValueError if train and the files to score have different entity types; without train, nothing is checked.
 
-    train: the training sentences, by default all of the data's "train" splits; nothing to check where there
-    are none. A single file may lack a type, but no file may have one more, and together they have to have
-    them all.
+    A single file may lack a type, but no file may have one more, and together they have to have them all.
     """
-    if train is None:
-        train = [s for by_split in data.values() for s in by_split.get("train", [])]
+    train = [s for by_split in data.values() for s in by_split.get("train", [])]
     if not train:
         return
     known, seen, scored = entity_types(train), set(), False
@@ -109,13 +106,20 @@ class Tagging(finetune.Task):
     No word is dropped: a sentence that is too long goes on in another sequence, a word that is too long is cut
     to its first pieces, and a word that the tokenizer makes nothing of is <unk>.
     """
+    epochs = 10                                            # XTREME's, as in all tasks
+    metric, column_names, score = "entity F1", ("correct", "predicted", "gold"), staticmethod(metrics.f1_from_counts)
 
-    def __init__(self, tokenizer, max_length, train):
-        self.tokenizer, self.limit, self.pieces = tokenizer, min(max_length, 128), {}
-        self.known = entity_types(train)
-        self.scored = self.known
+    def __init__(self, tokenizer, max_length, train, prefix=""):
+        super().__init__(tokenizer, max_length, train, prefix)
+        self.known = self.scored = entity_types(train)
+        self.pieces = {}
         self.tags = sorted({tag for sentence in train for tag in sentence.tags} | {"O"})
         self.outputs = len(self.tags)
+
+    @staticmethod
+    def mismatch(train, sentences):
+        here = entity_types(sentences)
+        return "none of its entity types occurs in train" if here and not here & entity_types(train) else None
 
     def target(self, name, language, sentences):
         """Score only the types that the model has learnt and the data set has; a note if some are left out."""
@@ -170,4 +174,5 @@ class Tagging(finetune.Task):
                 for side in (predicted, [s.tags for s in sentences])]
         return metrics.entity_counts(*keep).astype(np.float64)
 
-    score = staticmethod(metrics.f1_from_counts)
+
+HEAD = Tagging

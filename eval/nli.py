@@ -60,14 +60,10 @@ def labels(pairs):
     return sorted({pair.label for pair in pairs})
 
 
-def check_labels(data, where, train=None):
-    """Raise ValueError for more than three labels, or for a file to score with a label that train lacks.
-
-    train: the training pairs, by default all of the data's "train" splits.
-    """
-    if train is None:
-        train = [pair for row in data.values() for pair in row.get("train", [])]
-    known, every = set(labels(train)), set(labels(train))
+def check_labels(data, where):
+    """Raise ValueError for more than three labels, or for a file to score with a label that train lacks."""
+    known = set(labels(pair for row in data.values() for pair in row.get("train", [])))
+    every = set()
     for language, row in data.items():
         for split, pairs in row.items():
             found = set(labels(pairs))
@@ -87,11 +83,18 @@ class Classification(finetune.Task):
     The mean and not the state of <s>: nothing in pre-training asks <s> for a summary, so that a head on it
     would first have to learn to make one, from few examples.
     """
+    epochs = 5
+    metric, column_names, score = "accuracy", ("correct",), staticmethod(metrics.mean)
 
-    def __init__(self, tokenizer, max_length, train):
-        self.tokenizer, self.limit = tokenizer, min(max_length, 128)
+    def __init__(self, tokenizer, max_length, train, prefix=""):
+        super().__init__(tokenizer, max_length, train, prefix)
         self.labels = labels(train)
         self.outputs = len(self.labels)
+
+    @staticmethod
+    def mismatch(train, pairs):
+        here, known = labels(pairs), labels(train)
+        return None if set(here) <= set(known) else f"its labels are {', '.join(here)}, not {', '.join(known)}"
 
     def items(self, pairs, learn=False):
         items = []
@@ -109,12 +112,12 @@ class Classification(finetune.Task):
         return np.array([[self.labels[int(out[0].argmax())] == pair.label] for pair, out in zip(pairs, outputs)],
                         dtype=np.float64)
 
-    def score(self, correct, weights=None):
-        return metrics.mean(correct, weights)
-
 
 def cut(a, b, limit):
     """Two lists -> with `limit` elements together; what is too long is taken off the longer one."""
     keep = max(limit - len(b), limit // 2)
     a = a[:keep]
     return a, b[:limit - len(a)]
+
+
+HEAD = Classification

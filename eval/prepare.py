@@ -38,7 +38,7 @@ from collections import Counter
 from pathlib import Path
 
 from eval import download, tasks
-from eval.run import READERS
+from eval.run import MODULES
 from unibert import write_atomically
 from wiki.download import read_manifest
 
@@ -204,11 +204,11 @@ def convert(src, staging, names, languages, train_on, say):
                 os.fsync(output.fileno())
             count = counts.setdefault(dataset, Counter())
             if name != "tatoeba":                                        # its pairs are read when both sides are there
-                count[split] += check(READERS[dataset.split("/")[0]], target, language, path, say)
+                count[split] += check(MODULES[dataset.split("/")[0]], target, language, path, say)
     if "retrieval/tatoeba" in counts:
         with named(staging / "retrieval/tatoeba", "tatoeba"):
             counts["retrieval/tatoeba"]["test"] = sum(
-                len(rows) for splits in READERS["retrieval"].load(staging / "retrieval/tatoeba").values() for rows in splits.values())
+                len(rows) for splits in MODULES["retrieval"].load(staging / "retrieval/tatoeba").values() for rows in splits.values())
     if left_out:
         say(f"note: left out: {', '.join(sorted(left_out))}: no language's code")
     return counts
@@ -297,7 +297,7 @@ def index(src, dst, say):
     for task in tasks.TASKS:
         if not (src / task).is_dir():
             continue
-        found = [(d, READERS[task].load(d.folder, d.splits or None)) for d in tasks.find(src, task)]
+        found = [(d, MODULES[task].load(d.folder, d.splits or None)) for d in tasks.find(src, task)]
         english = any({"train", "dev"} & set(splits.get(download.SOURCE, ())) for _, splits in found)
         for dataset, content in found:
             trained = {code: len(splits["train"]) for code, splits in content.items() if "train" in splits}

@@ -11,7 +11,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import BOS, EOS, UNK, clean
+from data import BOS, EOS, UNK, clean, encode_text
 from eval import finetune, metrics, tasks
 
 MAX_QUESTION = 64         # pieces
@@ -179,11 +179,13 @@ class Spans(finetune.Task):
     never returns "none": it takes the best span of any window, by log-probability within the window, where
     <s> takes its share, so that a window that points at <s> gives way to one that does not.
     """
-    outputs = 2
+    epochs, longest, outputs = 3, 384, 2
+    metric, column_names = "F1", ("exact", "f1")
+    also = (("exact match", lambda exact, f1: metrics.mean(exact)),)
 
-    def __init__(self, tokenizer, max_length, train=None):
-        self.tokenizer, self.limit, self.contexts = tokenizer, min(max_length, 384), {}
-        self.normalise = metrics.squad_normalise
+    def __init__(self, tokenizer, max_length, train=(), prefix=""):
+        super().__init__(tokenizer, max_length, train, prefix)
+        self.normalise, self.contexts = metrics.squad_normalise, {}
 
     def target(self, name, language, questions):
         """MLQA has its own normalisation, by language; all others have SQuAD's."""
@@ -209,7 +211,7 @@ class Spans(finetune.Task):
         items = []
         for i, question in enumerate(questions):
             ids, spans = self.context(question.context)
-            asked = self.tokenizer.encode(clean(question.question))[:min(MAX_QUESTION, self.limit // 3)]
+            asked = encode_text(self.tokenizer, question.question)[:min(MAX_QUESTION, self.limit // 3)]
             width = self.limit - len(asked) - 3
             answer = next((a for a in question.answers if a.start is not None), None)
             if answer is None and learn:
@@ -248,7 +250,8 @@ class Spans(finetune.Task):
         return np.array([metrics.answer_scores(text, [a.text for a in question.answers], self.normalise)
                          for text, question in zip(self.answers(questions, items, outputs), questions)])
 
-    def score(self, exact, f1, weights=None):
+    @staticmethod
+    def score(exact, f1, weights=None):
         return metrics.mean(f1, weights)
 
 
@@ -274,3 +277,6 @@ def best_span(logits):
         scores[:len(start) - length, length] = start[:len(start) - length] + end[length:]
     first, length = np.unravel_index(scores.argmax(), scores.shape)
     return float(scores[first, length]), int(first), int(first + length)
+
+
+HEAD = Spans

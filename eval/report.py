@@ -7,7 +7,7 @@
 import numpy as np
 
 from eval import statistics, tasks
-from eval.run import FORMAT, HEADS, SCORES
+from eval.run import ALSO, FORMAT, HEADS, SCORES
 from eval.tasks import language_code
 
 # The paper's four; others (untrained) are compared too, but stay out of its number.
@@ -37,7 +37,7 @@ def load(path):
                 raise ValueError(f"{where}: its examples give {again}, not the scores {cell['scores']}")
         needed = [(value, "data", "notes", "seconds"), (value["model"], "path", "parameters", "sha256"),
                   (value["settings"], "dtype", "device"),
-                  *((t, "task", "data", "source", "steps", "seeds", "sweep", "share_of_test", "dev_examples")
+                  *((t, "task", "data", "source", "steps", "batch", "seeds", "sweep", "share_of_test", "dev_examples")
                     for t in value["training"]),
                   *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values())]
         for part, *keys in needed:
@@ -64,14 +64,18 @@ def table(report):
         yield f"Fine-tuned on {TRAINED[report['settings'].get('train_on', 'source')]}."
     for task in dict.fromkeys(cell["task"] for cell in report["cells"]):
         cells = [cell for cell in report["cells"] if cell["task"] == task]
-        yield from ("", f"## {task}: {cells[0]['metric']}", "", "| data | language | examples | seeds | mean | spread |",
-                    "|---|---|---:|---:|---:|---:|")
+        also = ALSO.get(task, ())
+        header = ["data", "language", "examples", "seeds", "mean", "spread", *(name for name, _ in also)]
+        yield from ("", f"## {task}: {cells[0]['metric']}", "", f"| {' | '.join(header)} |",
+                    "|---|---|" + "---:|" * (len(header) - 2))
         for cell in cells:
             scores = cell["scores"]
             spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+            more = "".join(f" {np.mean([score(*np.array(table, float).T) for table in cell['examples']]):.3f} |" for _, score in also)
             yield (f"| {cell['data']} | {cell['language']} | {cell['n']} | {len(scores)} | {np.mean(scores):.3f} | "
-                   f"{spread} |")
-        yield f"| mean | {len(cells)} cells | | | {np.mean([np.mean(cell['scores']) for cell in cells]):.3f} | |"
+                   f"{spread} |{more}")
+        yield (f"| mean | {len(cells)} cells | | | {np.mean([np.mean(cell['scores']) for cell in cells]):.3f} | |"
+               + " |" * len(also))
     for name, found in report.get("neutrality", {}).items():
         keys = list(found["layers"][0])
         yield from ("", f"## neutrality: {name}, {len(found['languages'])} languages, prior {found['prior']:.3f}", "",
@@ -238,7 +242,7 @@ def settings_that_differ(baseline, candidate):
     trained = {(t["task"], t["data"], t["source"]): t for t in candidate["training"]}
     for t in baseline["training"]:
         other = trained.get((t["task"], t["data"], t["source"]))
-        for key in ("steps", "seeds", "share_of_test"):
+        for key in ("steps", "batch", "seeds", "share_of_test"):
             if other and other[key] != t[key]:
                 notes.append(f"{t['task']} on {t['data']}: {key} {t[key]} in the baseline, {other[key]} in the candidate")
     for name in sorted(set(baseline["data"]) & set(candidate["data"])):

@@ -13,6 +13,7 @@ reports can be compared, example by example, years later. Cells that need no tra
 """
 import contextlib
 import hashlib
+import importlib
 import itertools
 import json
 import platform
@@ -26,33 +27,20 @@ import sentencepiece
 import torch
 
 from hub.vocabulary import load_vocabulary
-from eval import finetune, metrics, ner, neutrality, nli, qa, retrieval, sts, tasks
+from eval import finetune, metrics, neutrality, retrieval, sts, tasks
 from unibert import load_model, write_atomically
 
 FORMAT = "unibert-eval/1"
-HEADS = {"ner": ner.Tagging, "nli": nli.Classification, "qa": qa.Spans, "sts": sts.Similarity}
-EPOCHS = {"ner": 10, "nli": 5, "qa": 3, "sts": 10}         # XTREME's
 RATES = (5e-5, 1e-4, 2e-4)                                 # swept on the dev set of the source language
 UNTRAINED = 0.15                                           # of a budget at most, for what needs no training
 DEV = 1000                                                 # examples of it that are looked at during training
-READERS = {"ner": ner, "nli": nli, "qa": qa, "sts": sts, "retrieval": retrieval}
-
-
-def _mean_first(*columns, weights=None):
-    return metrics.mean(columns[0], weights)
-
-
-def _qa_f1(exact, f1, weights=None):
-    return metrics.mean(f1, weights)
-
-
-# Per task: the metric's name, its per-example columns, the function from columns to score.
-SCORES = {"ner": ("entity F1", ("correct", "predicted", "gold"), metrics.f1_from_counts),
-          "nli": ("accuracy", ("correct",), _mean_first),
-          "qa": ("F1", ("exact", "f1"), _qa_f1),
-          "sts": ("Spearman", ("predicted", "gold"), metrics.spearman),
-          "sts-cosine": ("Spearman, untrained", ("cosine", "gold"), metrics.spearman),
-          "retrieval": ("accuracy", retrieval.COLUMNS, retrieval.score)}
+MODULES = {name: importlib.import_module(f"eval.{name}") for name in tasks.TASKS}
+HEADS = {name: module.HEAD for name, module in MODULES.items() if hasattr(module, "HEAD")}
+# Per task of the cells: the metric's name, its per-example columns, the function from columns to score.
+SCORES = {name: (head.metric, head.column_names, head.score) for name, head in HEADS.items()} | {
+    "sts-cosine": ("Spearman, untrained", ("cosine", "gold"), metrics.spearman),
+    "retrieval": ("accuracy", retrieval.COLUMNS, retrieval.score)}
+ALSO = {name: head.also for name, head in HEADS.items()} | {"sts-cosine": sts.Similarity.also}
 
 
 def file_hash(*paths):
@@ -75,7 +63,7 @@ def load(data, task, limit=None):
     """
     found = []
     for dataset in tasks.find(data, task):
-        by_language = READERS[task].load(dataset.folder, dataset.splits or None)
+        by_language = MODULES[task].load(dataset.folder, dataset.splits or None)
         if limit:
             by_language = {code: {split: rows[:limit] for split, rows in splits.items()}
                            for code, splits in by_language.items()}
@@ -158,7 +146,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
         "train_on": train_on, "like": like and like["model"]["sha256"], "dtype": str(dtype).removeprefix("torch.")})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        loaded = {name: load(data, name, limit) for name in names if name in READERS}   # bad input ends it here
+        loaded = {name: load(data, name, limit) for name in names if name in MODULES}   # bad input ends it here
         if "neutrality" in names and "retrieval" not in loaded:
             loaded["neutrality"] = load(data, "retrieval", limit)
     # Languages of very few sentences cannot be measured; that is to be known before anything is computed.
@@ -285,14 +273,14 @@ def assign(task, sets, report, say, train_on="source"):
             if set(found) - scored:
                 report.note(f"{dataset.name}: no training data, so left out: {', '.join(sorted(set(found) - scored))}", say)
         elif dataset.name not in [t.data for t in trainings]:
-            reason = mismatch(task, largest.train, found)
-            if reason:
+            every = [example for splits in found.values() for rows in splits.values() for example in rows]
+            if reason := HEADS[task].mismatch(largest.train, every):
                 report.note(f"{dataset.name}: left out: {reason} (trained on {largest.data})", say)
                 continue
             largest.targets += targets(dataset.name, found)
-    for t in trainings if task == "nli" else ():
+    for t in trainings:
         for name, code, split, examples in [(t.data, t.source, "dev", t.dev), *t.targets]:
-            if reason := mismatch(task, t.train, {code: {split: examples}}):
+            if reason := HEADS[task].mismatch(t.train, examples):
                 raise ValueError(f"{name}: {code} {split} cannot be scored after training on {t.data} {t.source}: {reason}")
     return trainings
 
@@ -311,9 +299,9 @@ def train_on_source(task, sets):
     trainings = []
     for dataset, source, split in leads:
         found = content[dataset.name]
-        train, dev, rest, how = part(task, found[source], source, split)
+        train, dev, rest, how = part(dataset.name, found[source], source, split)
         if split != "train":
-            kept = lambda rows: divide(rows, task, 2)[0] if split == "test" else divide(rows, task, 10)[1]  # noqa: E731
+            kept = lambda rows: divide(rows, 2)[0] if split == "test" else divide(rows, 10)[1]  # noqa: E731
             found = {code: row | {split: kept(row[split])} if split in row else row for code, row in found.items()}
         trainings.append(Training(task, dataset.name, source, how, train, dev,
                                   targets(dataset.name, {**found, source: rest})))
@@ -325,7 +313,7 @@ def train_on_target(task, sets):
     for dataset, found in sets:
         for code, splits in found.items():
             if "train" in splits and {"dev", "test"} & set(splits):
-                train, dev, rest, how = part(task, splits, code, "train")
+                train, dev, rest, how = part(dataset.name, splits, code, "train")
                 trainings.append(Training(task, dataset.name, code, how, train, dev, targets(dataset.name, {code: rest})))
     return trainings
 
@@ -333,7 +321,7 @@ def train_on_target(task, sets):
 def train_on_all(task, sets):
     trainings = []
     for dataset, found in sets:
-        parts = {code: part(task, splits, code, "train") for code, splits in found.items() if "train" in splits}
+        parts = {code: part(dataset.name, splits, code, "train") for code, splits in found.items() if "train" in splits}
         scored = targets(dataset.name, {**found, **{code: rest for code, (*_, rest, _) in parts.items()}})
         if parts and scored:
             # Dev takes turns between languages, because only its beginning is looked at.
@@ -344,20 +332,20 @@ def train_on_all(task, sets):
     return trainings
 
 
-def part(task, splits, code, split):
+def part(name, splits, code, split):
     """A language's splits, trained on `split` of them -> (train, dev, {split: examples} left to score, how, in words)."""
     rest, how = dict(splits), f"{code} {split}"
     train = rest.pop(split)
     if split == "test":
-        rest["test"], train = divide(train, task, 2)
+        rest["test"], train = divide(train, 2)
         how = f"half of {how}, of all languages the other half is scored"
     if split == "train" and "dev" in rest and "test" in rest:
         return train, rest.pop("dev"), rest, f"{how}, dev {code} dev"
     count = len(train)
-    train, dev = divide(train, task, 10)
+    train, dev = divide(train, 10)
     if not dev:
-        raise ValueError(f"{task}: {count} training examples{' of one article' * (task == 'qa')} are too few to keep some "
-                         "for dev; add data, or raise --limit")
+        raise ValueError(f"{name} {code} {split}: {count} training examples are too few, or of one article, to keep some for "
+                         "dev; add data, or raise --limit")
     return train, dev, rest, f"{how}, {len(dev)} of it dev"
 
 
@@ -366,30 +354,21 @@ def targets(name, found):
     return [(name, code, split, row[split]) for code, row in found.items() if (split := scored_split(row)) and row[split]]
 
 
-def divide(examples, task, every):
-    """-> (rest, each `every`-th, of fewer than 2 * every each second or so; none of one). QA: by article."""
-    key = (lambda i: examples[i].article) if task == "qa" else (lambda i: i)
-    groups = {k: n for n, k in enumerate(dict.fromkeys(map(key, range(len(examples)))))}
+def divide(examples, every):
+    """-> (rest, each `every`-th, of fewer than 2 * every each second or so; none of one). Examples that have an `article`
+    stay together with the others of it."""
+    keys = [getattr(example, "article", i) for i, example in enumerate(examples)]
+    groups = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     every = min(every, max(2, len(groups) // 2))
-    chosen = [groups[key(i)] % every == every - 1 for i in range(len(examples))]
+    chosen = [groups[key] % every == every - 1 for key in keys]
     return [e for e, c in zip(examples, chosen) if not c], [e for e, c in zip(examples, chosen) if c]
-
-
-def mismatch(task, train, found):
-    """Why a model trained on `train` cannot be scored on a data set, or None."""
-    every = [example for splits in found.values() for rows in splits.values() for example in rows]
-    if task == "nli" and not set(nli.labels(every)) <= set(nli.labels(train)):
-        return f"its labels are {', '.join(nli.labels(every))}, not {', '.join(nli.labels(train))}"
-    if task == "ner" and not ner.entity_types(every) & ner.entity_types(train):
-        return "none of its entity types occurs in train"
-    return None
 
 
 def tokens_wanted(training, tokenizer, max_length):
     """Tokens that a whole run of the training reads, as a sample tells."""
     sample = training.train[::-(-len(training.train) // 64)]
     items = HEADS[training.task](tokenizer, max_length, training.train).items(sample, learn=True)
-    return EPOCHS[training.task] * len(training.train) / len(sample) * sum(len(item.ids) for item in items)
+    return HEADS[training.task].epochs * len(training.train) / len(sample) * sum(len(item.ids) for item in items)
 
 
 def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline, like, say, first_seed=0, to_the_end=False,
@@ -397,14 +376,13 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     """Train, then score every target with every seed."""
     began = time.monotonic()
     name = training.task
-    options = {"prefix": prefix} if name == "sts" else {}
-    task = HEADS[name](tokenizer, model.config.max_length, training.train, **options)
+    task = HEADS[name](tokenizer, model.config.max_length, training.train, prefix)
     dev_examples = training.dev[:DEV]
     train, dev = task.items(training.train, learn=True), task.items(dev_examples)
     scored = [(*target, task.items(target[3])) for target in training.targets]
     encoder = finetune.compact(model, [train, dev, *(items for *_, items in scored)])
     train, dev = (training.train, train), (dev_examples, dev)
-    steps = max(1, EPOCHS[name] * len(training.train) // finetune.BATCH)
+    steps = max(1, task.epochs * len(training.train) // finetune.BATCH)
     plan = wanted = finetune.Plan(steps, rates, seeds)
     step_time = None
     before = [t for t in like["training"] if (t["task"], t["data"], t["source"]) == (name, training.data, training.source)

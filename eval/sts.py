@@ -1,8 +1,8 @@
 """Semantic textual similarity: two sentences and a score from 0 to 5. CSV, TSV or JSONL.
 
 Reads the multilingual STS benchmark (s1, s2, score without a header, quoted fields) and any table with a
-header of sentence1, sentence2, score. Scored by Spearman, and Pearson, between the cosine of the two sentence
-vectors and the gold score: without any training (`cosines`), or after training that cosine (`Similarity`).
+header of sentence1, sentence2, score. Scored by Spearman's correlation (`show` has Pearson's too) between the cosine of the two sentence vectors
+and the gold score: without any training (`cosines`), or after training that cosine (`Similarity`).
 """
 from dataclasses import dataclass
 
@@ -79,10 +79,9 @@ class Similarity(finetune.Task):
     Two encoders and no new weights, not a regression head on the joined pair: it starts from the geometry
     that the model already has, so that few steps suffice, and the vectors stay usable for search.
     """
-    score = staticmethod(metrics.spearman)
-
-    def __init__(self, tokenizer, max_length, train=None, prefix=""):
-        self.tokenizer, self.limit, self.prefix = tokenizer, min(max_length, 128), prefix
+    epochs = 10
+    metric, column_names, score = "Spearman", ("predicted", "gold"), staticmethod(metrics.spearman)
+    also = (("Pearson", metrics.pearson),)
 
     def items(self, pairs, learn=False):
         return [finetune.Item(finetune.sequence(encode_text(self.tokenizer, self.prefix + text), self.limit), i,
@@ -96,3 +95,6 @@ class Similarity(finetune.Task):
     def columns(self, pairs, items, outputs):
         found = np.concatenate(outputs)
         return np.stack([cosine(found[::2], found[1::2]), [p.score for p in pairs]], axis=1)
+
+
+HEAD = Similarity

@@ -1,6 +1,6 @@
 """Finding evaluation data below a folder: language and split from file and folder names; tables.
 
-Layout: DIR/<task>/<data set>/files, where <task> is ner, nli, qa, sts or retrieval. Every task module has
+Layout: DIR/<task>/<data set>/files, where <task> is one of TASKS, each a module of eval/. All of them have
 
     load(folder, splits=None) -> {language: {split: [examples]}}
 
@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TASKS = ("ner", "nli", "qa", "sts", "retrieval")
+TASKS = ("ner", "nli", "qa", "sts", "retrieval")           # by name: `--help` is not to wait for torch, which they import
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
           "test": "test"}
 # Two- and three-letter words in public file names that are not languages.
@@ -83,6 +83,15 @@ def find(data, task):
         raise ValueError(f"{data}: no data for {task}; expected files below {root}{inside}")
     return [DataSet(name, task, folder, **{k: v for k, v in settings.get(name, {}).items() if k != "folder"})
             for name, folder in sorted(found.items())]
+
+
+def present(data):
+    """The tasks that the folder `data` has something for, in the order of TASKS. Raises ValueError if it is nothing."""
+    named = {name.split("/")[0] for name in read_settings(Path(data))}
+    found = [task for task in TASKS if task in named or (Path(data) / task).is_dir()]
+    if not found:
+        raise ValueError(f"{data}: no folder of a task in it: {', '.join(TASKS)}")
+    return found
 
 
 def read_settings(data):

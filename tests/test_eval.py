@@ -51,6 +51,11 @@ def examples(folder, module, task, split="train", count=None, language="en"):
     return module.load(folder / "eval" / task / "atlas")[language][split][:count]
 
 
+def each_trains(patch, epochs):
+    for head in run.HEADS.values():
+        patch.setattr(head, "epochs", epochs)
+
+
 def command(*arguments, jobs=1):
     """jobs: one, because other processes would take seconds to start."""
     return CliRunner().invoke(main, [*map(str, arguments), *(["--jobs", str(jobs)] if arguments[0] == "run" else [])])
@@ -466,10 +471,9 @@ def test_train_on_is_recorded_and_compared(folder, tmp_path):
         rows = ["\t".join(row) for row in atlas.nli(code, split)[:24]]
         (tmp_path / "data/nli/x").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"data/nli/x/{code}.{split}.tsv").write_text("\n".join(["premise\thypothesis\tlabel", *rows]))
-    options = ["--model", folder / "model", "--data", tmp_path / "data", "--tasks", "nli", "--seeds", 1]
+    options = ["--model", folder / "model", "--data", tmp_path / "data", "--tasks", "nli", "--seeds", 1, "--rates", "1e-4"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "EPOCHS", dict.fromkeys(run.EPOCHS, 1))
-        patch.setattr(run, "RATES", (1e-4,))
+        each_trains(patch, epochs=1)
         for train_on, sources, scored in (("target", ["en", "ro"], {"en", "ro"}), ("all", ["en+ro"], {"en", "ro", "fi"})):
             path = tmp_path / f"{train_on}.json"
             done = command("run", *options, "--train-on", train_on, "--out", path)
@@ -491,7 +495,7 @@ def test_a_language_with_training_data_alone_is_not_scored(folder, tmp_path):
         (tmp_path / f"sts/sts-{name}.csv").write_text(rows)
     (tmp_path / "sts/sts-fr-test.csv").write_text("a,b,1\n")               # nor is one of one example, which is said
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "EPOCHS", dict.fromkeys(run.EPOCHS, 1))
+        each_trains(patch, epochs=1)
         done = command("run", "--model", folder / "model", "--data", tmp_path, "--tasks", "sts", "--seeds", 1, "--rates", "1e-4",
                        "--budget", "60s", "--out", tmp_path / "o.json")
     assert done.exit_code == 0, done.output
@@ -506,11 +510,10 @@ def reports(folder):
     """Two reports of the same random model; the second is told to train like the first."""
     paths = [folder / "a.json", folder / "b.json"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "EPOCHS", dict.fromkeys(run.EPOCHS, 5))
-        patch.setattr(run, "RATES", (1e-3, 1e-4))
+        each_trains(patch, epochs=5)
         for path, extra in zip(paths, ([], ["--like", paths[0]])):
             done = command("run", "--model", folder / "model", "--data", folder / "eval", "--limit", 24, "--seeds", 2,
-                           "--out", path, "--dtype", "float32", *extra)
+                           "--out", path, "--dtype", "float32", "--rates", "1e-3,1e-4", *extra)
             assert done.exit_code == 0, done.output
     return paths
 
@@ -532,6 +535,10 @@ def test_a_report_is_complete_and_its_scores_can_be_computed_again(reports, fold
     assert len(layers) == 3 and all(np.isfinite(list(layer.values())).all() for layer in layers)
     text = command("show", reports[0]).output
     assert all(f"## {task}" in text for task in run.SCORES)
+    row = next(line for line in text.split("## qa")[1].splitlines() if line.startswith("| qa/atlas | ro"))
+    cell = next(c for c in value["cells"] if (c["task"], c["language"]) == ("qa", "ro"))
+    assert text.count(" exact match |") == 1 and text.count(" Pearson |") == 2
+    assert row.endswith(f"| {np.mean([exact for seed in cell['examples'] for exact, _ in seed]):.3f} |")
 
 
 def test_a_budget_cuts_and_says_so(folder):

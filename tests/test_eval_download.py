@@ -134,7 +134,7 @@ def read(folder):
     for task in tasks.TASKS:
         with_data = tasks.find(folder, task) if (folder / task).is_dir() else []
         for dataset in with_data:
-            loaded = prepare.READERS[task].load(dataset.folder, dataset.splits or None)
+            loaded = prepare.MODULES[task].load(dataset.folder, dataset.splits or None)
             found[dataset.name] = {code: tuple(len(splits.get(s, ())) for s in ("train", "dev", "test"))
                                    for code, splits in loaded.items()}
     return found
