@@ -174,6 +174,18 @@ def test_atlas_sts_scores(code):
     assert all(a != b for a, b, _ in rows)
 
 
+def test_atlas_sts_scores_are_the_overlap_of_the_facts():
+    """The facts are read back from the texts, whose sentences are all known."""
+    facts = [f for f in atlas.facts() if f.split == "test"]
+    sentences = {s.text: f for f, found in all_sentences("en", facts).items() for s in found}
+    for *texts, score in atlas.sts("en", "test"):
+        a, b = ([f for s, f in sentences.items() if f" {s} " in f" {text} "] for text in texts)
+        assert 1 <= len(a) <= 3 and len(a) == len(set(a)) and b and len(b) == len(set(b)), texts
+        same = (atlas.subject_type(a[0].relation), a[0].subject) == (atlas.subject_type(b[0].relation), b[0].subject)
+        expected = round(1 + 8 * len({*a} & {*b}) / (len(a) + len(b)), 2) if same else 0.5 * ({f.relation for f in b} <= {f.relation for f in a})
+        assert score == expected, (texts, score, expected)
+
+
 @pytest.mark.parametrize("task", ["ner", "nli", "qa", "sts"])
 def test_atlas_english_train_shares_no_sentence_of_test(task):
     """What a test example states stands in no train example (subjects are disjoint)."""

@@ -135,6 +135,34 @@ def test_the_order_of_examples_depends_on_the_seed_alone():
     assert not np.array_equal(seen, np.concatenate(list(finetune.orders(100, 10, seed=4))))
 
 
+@pytest.mark.parametrize("scores, looks, stopped, kept", [
+    ([0.1, 0.5, 0.4, 0.5, 0.3, 0.2, 0.1, 0.9], 6, "early", 1),         # four looks without a better one
+    ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2], 8, "end", 7),           # nothing learnt yet is no plateau
+    ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 0.7], 8, "end", 6),
+])
+def test_the_best_dev_state_is_kept(folder, model, tokenizer, monkeypatch, scores, looks, stopped, kept):
+    train = examples(folder, nli, "nli", count=8)
+    task = nli.Classification(tokenizer, 32, train)
+    items, states, left = task.items(train), [], iter(scores)
+
+    def evaluate(net, *rest):
+        states.append(net.head.weight.detach().clone())
+        return next(left), None
+    monkeypatch.setattr(finetune, "evaluate", evaluate)
+    found = finetune.fit(finetune.compact(model, [items]), task, (train, items), (train, items), 1e-3, 0, steps=16)
+    assert (len(states), found.stopped, found.steps, found.dev) == (looks, stopped, 2 * looks, scores[kept])
+    assert torch.equal(found.net.head.weight, states[kept]) and not torch.equal(states[kept], states[kept - 1])
+
+
+def test_the_best_rate_on_dev_is_every_seeds_rate(monkeypatch):
+    devs = {1e-5: 0.3, 1e-4: 0.7, 1e-3: 0.5}
+    monkeypatch.setattr(finetune, "fit", lambda encoder, task, train, dev, lr, seed, *rest: finetune.Run(
+        None, lr, seed, devs[lr] - seed, 1, 0.0, "end"))
+    found = list(finetune.runs(None, None, None, None, finetune.Plan(1, tuple(devs), 3), first_seed=4))
+    assert [(run_.lr, run_.seed) for run_, _ in found] == [(1e-4, 4), (1e-4, 5), (1e-4, 6)]
+    assert found[0][1] == {lr: dev - 4 for lr, dev in devs.items()}
+
+
 def test_micro_batches_do_not_change_the_step(folder, model, tokenizer):
     """The same batch in one piece and in many: the same update but for rounding."""
     train = examples(folder, ner, "ner", count=32)
@@ -182,6 +210,14 @@ def test_compact_is_exact(folder, model, tokenizer):
     small = finetune.compact(model, [items])
     assert small.config.vocab_size < model.config.vocab_size
     np.testing.assert_array_equal(before, finetune.predict(finetune.Net(small, 0), items))
+
+
+def test_cut_takes_from_the_longer_sentence():
+    for n in range(12):
+        for m in range(12):
+            a, b = nli.cut([*range(n)], [*range(m)], 8)
+            assert a == [*range(len(a))] and b == [*range(len(b))] and len(a) + len(b) == min(8, n + m)
+            assert (len(a) == n or len(a) >= 4) and (len(b) == m or len(b) >= 4)
 
 
 # ---- named entities -----------------------------------------------------------------------------------------
@@ -348,6 +384,19 @@ def test_probes_see_what_is_there_and_nothing_else():
     linear, mlp = (neutrality.probe(ring[~held_out], halves[~held_out], ring[held_out], halves[held_out], hidden)
                    for hidden in (0, 256))
     assert linear < 0.65 and mlp > 0.85, (linear, mlp)
+
+
+def test_each_language_is_centred_by_its_training_rows(monkeypatch):
+    """And not by those that the probe is tested on."""
+    rng, seen = np.random.default_rng(0), []
+    label, held_out = np.repeat(np.arange(3), 30), np.arange(90) % 3 == 2
+    x = rng.normal(size=(90, 4)) + 5 * rng.normal(size=(3, 4))[label]
+    monkeypatch.setattr(neutrality, "probe", lambda x, label, x_test, label_test, hidden: seen.append((x, x_test)) or 0.0)
+    neutrality.layer_measures(x, label, held_out, [(x, x)])
+    for k in range(3):
+        train, test = (rows[label[part] == k] for rows, part in zip(seen[-1], (~held_out, held_out)))
+        np.testing.assert_allclose(train.mean(0), 0, atol=1e-12)
+        np.testing.assert_allclose(test, x[held_out & (label == k)] - x[~held_out & (label == k)].mean(0))
 
 
 def test_geometry_measures_against_closed_forms():
@@ -641,6 +690,16 @@ def test_reports_of_different_lengths_compare_on_what_both_have(reports, tmp_pat
     done = command("compare", reports[0], tmp_path / "short.json")
     assert "nli: nli/atlas: only the first 20 examples are in both: ar, en, fi, ro, ru, zh" in done.output and "**+0.00%**" in done.output
     assert "retrieval: retrieval/atlas: other examples" in done.output      # fewer candidates: another task
+
+
+def test_the_spread_that_is_printed_is_that_of_paired_runs():
+    rng = np.random.default_rng(0)
+    tables = (rng.random((2, 6, 3, 20, 1)) < 0.6).astype(float)              # [system and baseline, language, seed, n, 1]
+    cells = {"nli": {f"nli/x {code}": report.statistics.Cell(metrics.mean, *tables[:, i]) for i, code in enumerate(LANGUAGES)}}
+    *_, last = report.verdict(cells, report.mean_scores(cells), [], 0)
+    difference = (tables[0] - tables[1]).mean((2, 3)).T                      # [seed, language]
+    _, sd_language, sd_seed = report.statistics.effect_spread(difference)
+    assert f"{sd_language:.3f} between cells, {sd_seed:.3f} between seeds" in last
 
 
 def test_a_language_is_one_difference_and_its_tasks_weigh_alike():
