@@ -1,10 +1,72 @@
-"""Event files for TensorBoard, behind `python train.py --tensorboard`: the numbers of metrics.jsonl, in its form."""
+"""What a run says of itself: metrics.jsonl, a line on the terminal, event files for TensorBoard, a profile.
+
+A record is a dict with `step` and either the measurements of that step or, under `validation`, those of held-out text.
+"""
 from __future__ import annotations
 
+import json
 import os
+import pathlib
+import resource
+
+import click
+import torch
 
 from launch import UserError
+from options import TrainConfig
+from unibert import write_atomically
 
+
+class Log:
+    """The log of the run in `folder`, whose steps are of `step_tokens` tokens. One process of a run has it."""
+
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, step_tokens: int):
+        self.folder, self.config, self.step_tokens, self.events = folder, config, step_tokens, None
+
+    def __call__(self, record: dict) -> None:
+        """One object a line into metrics.jsonl, one line for people on the terminal."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        if self.config.tensorboard:
+            self.events = self.events or Events(self.folder, record["step"])
+            self.events.add(record)
+        click.echo(self.line(record))
+
+    def line(self, record: dict) -> str:
+        if "validation" in record:
+            return f"step {record['step']:6d}  validation mlm {record['validation']['mlm_loss']:.3f}"
+        line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}  mlm {record['mlm_loss']:.3f}"
+        line += "".join(f"  {name.removesuffix('_loss')} {value:.3f}" for name, value in record.items()
+                        if name.endswith("_loss") and name not in ("mlm_loss", "adv_loss"))  # the teacher's terms
+        if "adv_loss" in record:
+            line += (f"  adv {record['adv_loss']:.3f} (names {record['discriminator_accuracy']:.1%} of languages, "
+                     f"chance {record['chance']:.1%})")
+        line += f"  {record['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in record:
+            line += f"  mfu {record['mfu']:.1%}"
+        line += f"  {record['peak_memory_gib']:.1f} GiB"
+        if record["skipped_steps"]:
+            line += f"  skipped {record['skipped_steps']}"
+        left = (self.config.steps - record["step"]) * self.step_tokens / record["tokens_per_second"]
+        hours, minutes, seconds = int(left // 3600), int(left // 60), int(left % 60)
+        return line + (f"  {hours}h{minutes % 60:02d}m left" if hours else f"  {minutes}m{seconds:02d}s left")
+
+    def rewind(self, step: int) -> None:
+        """Drop what a crashed run logged after `step`, the checkpoint to go on from, and a line cut off in the middle."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                pass
+        write_atomically(path, [line.encode() for line in kept])
+
+
+# ------------------------------------------------------------------------------------------------- TensorBoard
 
 class Events:
     """One event file in `folder`. Of earlier ones there, what they say of `first_step` and later is hidden: it is from
@@ -17,7 +79,7 @@ class Events:
         self.writer = summary_writer()(str(folder), purge_step=first_step)
 
     def add(self, record: dict) -> None:
-        """One record of metrics.jsonl; a dict in it becomes a group, as in validation/languages/ro."""
+        """A dict in the record becomes a group, as in validation/languages/ro."""
         for name, value in scalars(record):
             if name != "step":
                 self.writer.add_scalar(name, value, record["step"])
@@ -41,3 +103,22 @@ def scalars(record: dict, group: str = ""):
             yield from scalars(value, f"{group}{name}/")
         elif isinstance(value, (int, float)):
             yield group + name, value
+
+
+# -------------------------------------------------------------------------------------------- memory and time
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that torch held at most on the GPU, or this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def profiler(folder: pathlib.Path, device: torch.device) -> torch.profiler.profile:
+    """A context that profiles the fifth to the seventh step, then writes a Chrome trace and prints a table."""
+    def ready(profile):
+        profile.export_chrome_trace(str(folder / "trace.json"))
+        by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        click.echo(profile.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
+        click.echo(f"trace of three steps: {folder / 'trace.json'}")
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=ready)

@@ -77,9 +77,9 @@ class Objective(nn.Module):
             theirs = mean_pool(teacher_hidden, batch.cu_seqlens) if token_terms else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
-                rows = batch.tokens.shape[0] // max(1024, config.max_length)
-                sums["similarity"] = similarity_distillation(ours.view(rows, -1, ours.shape[-1]), theirs.view(rows, -1, theirs.shape[-1]),
-                                                             real.view(rows, -1), config.kd_similarity_temperature).sum()
+                n = batch.tokens.shape[0] // max(1024, config.max_length)
+                sums["similarity"] = similarity_distillation(ours.view(n, -1, ours.shape[-1]), theirs.view(n, -1, theirs.shape[-1]),
+                                                             real.view(n, -1), config.kd_similarity_temperature).sum()
         if self.discriminator is not None:
             features = states[self.adv_layer]
             if config.adv_level == "sequence":

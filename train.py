@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import signal
 import sys
 import time
@@ -37,9 +36,8 @@ from checkpoint import Checkpoints
 from data import (BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
                   sampling_probabilities, slot_probabilities)
 from hub.checkpoints import student_from_layers, trim_model
-from hub.reread import Reread
-from events import Events, summary_writer
-from inference import load as load_with_tokenizer
+from hub.reread import Reread, load_teacher
+from events import Log, peak_memory, profiler, summary_writer
 from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
 from options import ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, TrainConfig, claimed, settle
@@ -114,15 +112,7 @@ class Run:
         self.probabilities = sampling_probabilities(corpus.tokens_per_language, config.alpha,
                                                     config.steps * self.rows * row, config.max_epochs)
         torch.manual_seed(config.seed)
-        n_languages = len(corpus.languages)
-        shape = UniBERTConfig.preset(config.preset, block=config.block, vocab_size=corpus.vocab_size, n_languages=n_languages,
-                                     max_length=config.max_length, dropout=config.dropout)
-        if config.init_from_teacher:
-            model = student_from_layers(teacher if reread is None else trim_model(teacher, reread.rows()),
-                                        [int(n) for n in config.init_from_teacher.split(",")])
-        else:
-            model = UniBERT(shape)
-        fresh_head = not config.init_from_teacher or not teacher.config.mlm_head
+        model = self.fresh_model(teacher, reread)
         if not any(getattr(config, name) for name in DISTILLATION):
             teacher = None  # it only gave its layers
         teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher is not None else None
@@ -132,9 +122,6 @@ class Run:
         self.objective = Objective(model, config, torch.from_numpy(prior), teacher, reread).to(self.device)
         self.model = self.objective.model
         self.model.checkpoint_activations = config.checkpoint_activations
-        if fresh_head:
-            # Start from the language-blind unigram model instead of learning it in the first steps.
-            self.model.decoder_bias.data.copy_(torch.from_numpy(self.token_shares()).log())
         self.optimizers = make_optimizers(self.objective, config, fused=True)
         self.flops = sum(flops_per_token(model.config, config.mask_rate, config.max_length / 2, teacher.config if teacher else None,
                                          config.adv_weight > 0).values())
@@ -145,8 +132,23 @@ class Run:
         self.step, self.tokens_seen, self.skipped, self.skipped_in_a_row = 0, 0, 0, 0
         self.adv_loss = 0.0  # the discriminator's on the last global batch
         self.stop_asked, self.stopping = 0.0, False  # when this process got a signal; all ranks know of one
-        self.events = None
+        self.log = Log(out, config, self.rows * row) if world.rank == 0 else lambda record: None
         self.top = out.parent if out.name == "teacher" else out  # what --out was
+
+    def fresh_model(self, teacher: UniBERT | None, reread: Reread | None) -> UniBERT:
+        """The model before its first step: layers of the teacher, or --preset drawn at random."""
+        config, corpus = self.config, self.corpus
+        if config.init_from_teacher:
+            model = student_from_layers(teacher if reread is None else trim_model(teacher, reread.rows()),
+                                        [int(n) for n in config.init_from_teacher.split(",")], config.dropout)
+        else:
+            model = UniBERT(UniBERTConfig.preset(config.preset, block=config.block, vocab_size=corpus.vocab_size,
+                                                 n_languages=len(corpus.languages), max_length=config.max_length,
+                                                 dropout=config.dropout))
+        if not config.init_from_teacher or not teacher.config.mlm_head:
+            # Start from the language-blind unigram model instead of learning it in the first steps.
+            model.decoder_bias.data.copy_(torch.from_numpy(self.token_shares()).log())
+        return model
 
     # ---- batches
 
@@ -182,22 +184,16 @@ class Run:
 
     def train_step(self, batches: list[PackedBatch], module: nn.Module) -> dict[str, float]:
         """One global batch. Returns its measurements; the model is unchanged if the loss was not finite."""
-        config, world, n_languages = self.config, self.world, len(self.corpus.languages)
-        factor = schedule(self.step, config)
-        # A discriminator that is no better than the prior has nothing more to hide from: the encoder slows down and waits
-        # until it has caught up. Without this the two chase each other and the reversed loss grows without end.
-        strength = adversary_strength(self.step, config)
-        if self.prior_entropy:
-            strength *= LanguageDiscriminator.pressure(torch.tensor(self.adv_loss / self.prior_entropy)).item()
+        config, world = self.config, self.world
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 # The discriminator must keep up to the end; with its own rate decayed the encoder ran away from it.
-                group["lr"] = group["peak_lr"] * (factor if group.get("follows", True) else 1.0)
+                group["lr"] = group["peak_lr"] * (schedule(self.step, config) if group.get("follows", True) else 1.0)
+        strength = torch.tensor(self.strength(), device=self.device)
         # One vector for all ranks: counts, and whether one of them was asked to stop.
-        shared = np.append(batch_counts(batches, n_languages), float(self.stop_asked > 0))
+        shared = np.append(batch_counts(batches, len(self.corpus.languages)), float(self.stop_asked > 0))
         shared = world.sum(torch.from_numpy(shared).float().to(self.device))
-        counts, strength = shared[:3], torch.tensor(strength, device=self.device)
-        sums = torch.zeros(len(Objective.PARTS), device=self.device)
+        counts, sums = shared[:3], torch.zeros(len(Objective.PARTS), device=self.device)
         if config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # gradients of the last step are not looked at any more
         for i, batch in enumerate(batches):
@@ -216,8 +212,10 @@ class Run:
         groups += [list(m.parameters()) for m in (self.objective.projection, self.objective.discriminator)
                    if m is not None and any(True for _ in m.parameters())]
         norms = [nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in groups]
-        values = torch.cat([sums, shared, self.objective.loss(sums, counts).detach()[None], torch.stack(norms)]).tolist()
-        finite = all(map(math.isfinite, values))
+        parts = sums, shared, self.objective.loss(sums, counts).detach()[None], torch.stack(norms)
+        # One copy for all, so that the host waits for the device once a step.
+        values = [part.tolist() for part in torch.cat(parts).cpu().split([len(part) for part in parts])]
+        finite = all(math.isfinite(value) for part in values for value in part)
         if finite:
             for parameters, norm in zip(groups, norms):
                 nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
@@ -225,22 +223,35 @@ class Run:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        return self.measured(*values, finite, strength.item())
+
+    def strength(self) -> float:
+        """The adversary's lambda at this step. A discriminator that is no better than the prior has nothing more to hide from:
+        the encoder slows down and waits until it has caught up. Without this the two chase each other and the reversed loss
+        grows without end."""
+        strength = adversary_strength(self.step, self.config)
+        if self.prior_entropy:
+            strength *= LanguageDiscriminator.pressure(torch.tensor(self.adv_loss / self.prior_entropy)).item()
+        return strength
+
+    def measured(self, sums: list, shared: list, loss: list, norms: list, finite: bool, strength: float) -> dict[str, float]:
+        """Count the step that was made -> its record, from sums and counts over the global batch."""
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.step += 1
-        n, c = len(Objective.PARTS), dict(zip(Objective.PARTS, values))
-        masked, tokens, sequences = (max(1.0, v) for v in values[n:n + 3])
-        per_language, self.stopping = values[n + 3:n + 3 + n_languages], values[n + 3 + n_languages] > 0
-        self.tokens_seen += int(tokens)
-        units = sequences if config.adv_level == "sequence" else tokens
-        record = dict(step=self.step, loss=values[n + 4 + n_languages], mlm_loss=c["mlm"] / masked)
+        part, *per_language, stop = dict(zip(Objective.PARTS, sums)), *shared[3:]
+        masked, tokens, sequences = (max(1.0, count) for count in shared[:3])
+        units = sequences if self.config.adv_level == "sequence" else tokens
+        record = dict(step=self.step + 1, loss=loss[0], mlm_loss=part["mlm"] / masked)
         if self.objective.discriminator is not None:
-            self.adv_loss = c["adv"] / units if finite else self.adv_loss
-            record |= {"adv_loss": c["adv"] / units, "discriminator_accuracy": c["correct"] / units,
-                       "chance": max(per_language) / tokens, "lambda": strength.item()}
-        record |= self.objective.teacher_terms(c, masked, tokens, sequences)
-        return record | dict(lr=config.lr * factor, grad_norm=values[-len(norms)], tokens_seen=self.tokens_seen,
-                             skipped_steps=self.skipped)
+            self.adv_loss = part["adv"] / units if finite else self.adv_loss
+            record |= {"adv_loss": part["adv"] / units, "discriminator_accuracy": part["correct"] / units,
+                       "chance": max(per_language) / tokens, "lambda": strength}
+        record |= self.objective.teacher_terms(part, masked, tokens, sequences)
+        self.stopping, self.tokens_seen = stop > 0, self.tokens_seen + int(tokens)
+        record |= dict(lr=self.config.lr * schedule(self.step, self.config), grad_norm=norms[0], tokens_seen=self.tokens_seen,
+                       skipped_steps=self.skipped)
+        self.step += 1
+        return record
 
     # ---- the loop
 
@@ -269,15 +280,15 @@ class Run:
                 module.register_comm_hook(world.size, average_in_bfloat16)
         self.objective.train()
         record, clock, since = {}, time.perf_counter(), self.tokens_seen
-        with self.profiler() as profiler:
+        with profiler(self.out, self.device) if config.profile and world.rank == 0 else nullcontext() as profile:
             for batches in Prefetcher(self.micro_batches, range(self.step, config.steps)):
                 record = self.train_step(batches, module)
                 last = self.step == config.steps
-                if profiler is not None:
-                    profiler.step()
+                if profile is not None:
+                    profile.step()
                 if self.step % config.log_every == 0 or self.step == 1 or last:
                     now = time.perf_counter()
-                    record |= dict(tokens_per_second=(self.tokens_seen - since) / (now - clock), peak_memory_gib=self.peak_memory())
+                    record |= dict(tokens_per_second=(self.tokens_seen - since) / (now - clock), peak_memory_gib=peak_memory(self.device))
                     if self.peak:
                         record["mfu"] = record["tokens_per_second"] * self.flops / self.peak / world.size
                     self.log(record)
@@ -302,51 +313,6 @@ class Run:
                       f"form of the step would mean that something recompiled")
         self.checkpoints.wait()
         return record
-
-    def peak_memory(self) -> float:
-        """GiB that torch held at most on the GPU, or this process on the CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-    def profiler(self):
-        """With --profile: a context that profiles three steps and then writes a Chrome trace and prints a table."""
-        if not self.config.profile or self.world.rank:
-            return nullcontext()
-
-        def ready(profile):
-            profile.export_chrome_trace(str(self.out / "trace.json"))
-            by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-            click.echo(profile.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
-            click.echo(f"trace of three steps: {self.out / 'trace.json'}")
-        return torch.profiler.profile(schedule=torch.profiler.schedule(wait=3, warmup=1, active=3, repeat=1), on_trace_ready=ready)
-
-    def log(self, record: dict) -> None:
-        """One object a line into metrics.jsonl, one line for people on the terminal."""
-        if self.world.rank:
-            return
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
-        if self.config.tensorboard:
-            self.events = self.events or Events(self.out, record["step"])
-            self.events.add(record)
-        if "validation" in record:
-            return click.echo(f"step {record['step']:6d}  validation mlm {record['validation']['mlm_loss']:.3f}")
-        line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}  mlm {record['mlm_loss']:.3f}"
-        line += "".join(f"  {name.removesuffix('_loss')} {value:.3f}" for name, value in record.items()
-                        if name.endswith("_loss") and name not in ("mlm_loss", "adv_loss"))  # the teacher's terms
-        if "adv_loss" in record:
-            line += (f"  adv {record['adv_loss']:.3f} (names {record['discriminator_accuracy']:.1%} of languages, "
-                     f"chance {record['chance']:.1%})")
-        line += f"  {record['tokens_per_second']:,.0f} tok/s"
-        if "mfu" in record:
-            line += f"  mfu {record['mfu']:.1%}"
-        line += f"  {record['peak_memory_gib']:.1f} GiB"
-        if record["skipped_steps"]:
-            line += f"  skipped {record['skipped_steps']}"
-        left = (self.config.steps - self.step) * self.rows * self.batch_config.row_tokens / record["tokens_per_second"]
-        hours, minutes, seconds = int(left // 3600), int(left // 60), int(left % 60)
-        click.echo(line + (f"  {hours}h{minutes % 60:02d}m left" if hours else f"  {minutes}m{seconds:02d}s left"))
 
     # ---- saving
 
@@ -376,21 +342,7 @@ class Run:
                                 f"--steps above {self.step}, or start a new run with another --out")
             self.world.say(f"resumed {self.out} at step {self.step}")
         if self.world.rank == 0:  # killed before its first checkpoint, a run may have logged steps all the same
-            self.rewind_metrics()
-
-    def rewind_metrics(self) -> None:
-        """Drop what a crashed run logged after the checkpoint that we go on from, and a line cut off in the middle."""
-        path = self.out / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                pass
-        write_atomically(path, [line.encode() for line in kept])
+            self.log.rewind(self.step)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -435,35 +387,6 @@ def atlas_corpus(folder: pathlib.Path) -> None:
     prepare(folder.parent / "atlas" / "text", folder, vocab_size=ATLAS_VOCABULARY, validation_share=0.04)
 
 
-def check_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[UniBERT, Reread | None]:
-    """Load a teacher, and how it reads text that is not cut its way. Refuses what cannot be compared with the student."""
-    try:
-        teacher, theirs = load_with_tokenizer(folder)
-        tokenizer = pathlib.Path(folder) / "tokenizer.model"
-        same = tokenizer.is_file() and tokenizer.read_bytes() == corpus.tokenizer_path.read_bytes()
-        reread = None
-        if not same or config.teacher_prefix:
-            reread = Reread(load_tokenizer(corpus.tokenizer_path), theirs, config.teacher_prefix)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--teacher: {error}") from None
-    by_token = [f"--{name.replace('_', '-')}" for name in DISTILLATION[:3] if getattr(config, name)]
-    if reread is not None and by_token:
-        why = "--teacher-prefix moves its tokens" if same else (
-            f"it has another tokenizer than {corpus.folder}: its token ids mean other pieces. Prepare the data with "
-            f"--tokenizer {tokenizer}")
-        raise UserError(f"the teacher in {folder} cannot be compared token by token ({', '.join(by_token)}): {why}, or use "
-                        f"only --kd-sentence-weight and --kd-similarity-weight")
-    if reread is not None and config.compile:
-        raise UserError("--compile does not go with a teacher that has another tokenizer or a prefix")
-    if not teacher.config.mlm_head and config.kd_weight:
-        raise UserError(f"the teacher in {folder} is an encoder without MLM head: it predicts no tokens to distil from. Use "
-                        f"--kd-weight 0 and one of {', '.join('--' + n.replace('_', '-') for n in DISTILLATION[1:])}")
-    if teacher.config.max_length < config.max_length:
-        raise UserError(f"the teacher in {folder} reads at most {teacher.config.max_length} tokens; "
-                        f"use --max-length {teacher.config.max_length} or less")
-    return teacher, reread
-
-
 def train_all(settings: dict, out: pathlib.Path) -> None:
     """Both stages in this process, which is one of all that torchrun started, or the only one."""
     cuda = torch.cuda.is_available() if settings["device"] == "auto" else settings["device"] == "cuda"
@@ -500,7 +423,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
     teacher = reread = None
     distils = any(getattr(config, name) for name in DISTILLATION)
     if settings["teacher"] and (distils or config.init_from_teacher):
-        teacher, reread = check_teacher(settings["teacher"], corpus, config)
+        teacher, reread = load_teacher(settings["teacher"], corpus, config)
     elif settings["teacher"]:
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:

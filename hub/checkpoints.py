@@ -441,8 +441,8 @@ def trim_model(model: UniBERT, keep: np.ndarray) -> UniBERT:
 
 # --------------------------------------------------------------------------------------------- students from layers
 
-def student_from_layers(teacher: UniBERT, layers: list[int]) -> UniBERT:
-    """A student with the teacher's embeddings, head and layers `layers` (from 0, ascending), as copies.
+def student_from_layers(teacher: UniBERT, layers: list[int], dropout: float = 0.0) -> UniBERT:
+    """A student with the teacher's embeddings, head and layers `layers` (from 0, ascending), as copies, and its own dropout.
 
     For a teacher without MLM head the student gets a fresh one. ValueError for layers that the teacher lacks.
     """
@@ -452,7 +452,7 @@ def student_from_layers(teacher: UniBERT, layers: list[int]) -> UniBERT:
                          f"{config.num_layers - 1}, the teacher's layers")
     if config.global_every > 1:
         raise ValueError("the teacher mixes local and global layers; a student from some of them is not supported")
-    student = UniBERT(dataclasses.replace(config, num_layers=len(layers), mlm_head=True))
+    student = UniBERT(dataclasses.replace(config, num_layers=len(layers), mlm_head=True, dropout=dropout))
     numbers = {old: new for new, old in enumerate(layers)}
     state = {}
     for name, tensor in teacher.state_dict().items():

@@ -9,13 +9,18 @@ epoch to epoch, so they can be kept (`Remembered`): most of a small student's st
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data import BOS, EOS, UNK, encode_text, pack_sequences
+from data import BOS, EOS, UNK, Corpus, encode_text, load_tokenizer, pack_sequences
+from inference import load
+from launch import UserError
+from options import DISTILLATION, TrainConfig
+from unibert import UniBERT
 
 
 def split_sequences(tokens: Tensor, cu_seqlens: Tensor) -> list[np.ndarray]:
@@ -78,3 +83,35 @@ class Reread:
                              "the teacher's, so its embeddings cannot be taken over; prepare the data with a vocabulary "
                              "trimmed from the teacher's (python unibert.py trim), or leave --init-from-teacher out")
         return np.array([theirs[piece] for piece in pieces], np.int64)
+
+
+def load_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[UniBERT, Reread | None]:
+    """A model folder -> the teacher, and how it reads text that is not cut its way (None: as the student does).
+
+    Raises UserError for what cannot be compared with the student.
+    """
+    try:
+        teacher, theirs = load(folder)
+        tokenizer = Path(folder) / "tokenizer.model"
+        same = tokenizer.is_file() and tokenizer.read_bytes() == corpus.tokenizer_path.read_bytes()
+        reread = None
+        if not same or config.teacher_prefix:
+            reread = Reread(load_tokenizer(corpus.tokenizer_path), theirs, config.teacher_prefix)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--teacher: {error}") from None
+    by_token = [f"--{name.replace('_', '-')}" for name in DISTILLATION[:3] if getattr(config, name)]
+    if reread is not None and by_token:
+        why = "--teacher-prefix moves its tokens" if same else (
+            f"it has another tokenizer than {corpus.folder}: its token ids mean other pieces. Prepare the data with "
+            f"--tokenizer {tokenizer}")
+        raise UserError(f"the teacher in {folder} cannot be compared token by token ({', '.join(by_token)}): {why}, or use "
+                        f"only --kd-sentence-weight and --kd-similarity-weight")
+    if reread is not None and config.compile:
+        raise UserError("--compile does not go with a teacher that has another tokenizer or a prefix")
+    if not teacher.config.mlm_head and config.kd_weight:
+        raise UserError(f"the teacher in {folder} is an encoder without MLM head: it predicts no tokens to distil from. Use "
+                        f"--kd-weight 0 and one of {', '.join('--' + n.replace('_', '-') for n in DISTILLATION[1:])}")
+    if teacher.config.max_length < config.max_length:
+        raise UserError(f"the teacher in {folder} reads at most {teacher.config.max_length} tokens; "
+                        f"use --max-length {teacher.config.max_length} or less")
+    return teacher, reread

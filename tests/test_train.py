@@ -285,8 +285,8 @@ def test_a_student_starts_from_the_layers_of_its_teacher(make_run):
     teacher = make_run(seed=5).model.eval()
     alone = make_run(teacher, init_from_teacher="1,3")                   # its layers, and nothing more
     assert alone.objective.teacher is None and torch.equal(alone.model.embedding.weight, teacher.embedding.weight)
-    run = make_run(teacher, init_from_teacher="1,3", kd_weight=1.0)
-    assert run.model.config.num_layers == 2
+    run = make_run(teacher, init_from_teacher="1,3", kd_weight=1.0, dropout=0.1)
+    assert run.model.config.num_layers == 2 and run.model.blocks[0].dropout == 0.1
     assert torch.equal(run.model.blocks[1].up.weight, teacher.blocks[3].up.weight)
     assert torch.equal(run.model.embedding.weight, teacher.embedding.weight)
 
