@@ -73,7 +73,7 @@ def sample_lines(folder, manifest, code):
                          f"{', '.join(manifest['languages'])}")
     if code not in left_out:
         check_files(folder, {"files": {name: manifest["files"][name]}})
-    rows = left_out[code]["samples"] if code in left_out else json.loads((Path(folder) / name).read_text())
+    rows = left_out[code]["samples"] if code in left_out else json.loads((Path(folder) / name).read_bytes())
     dropped = (left_out.get(code) or manifest["languages"][code])["dropped"]
     lines = []
     for reason, group in itertools.groupby(rows, key=lambda row: row[0]):

@@ -372,6 +372,14 @@ def test_download_manifest_and_repeat(server, tmp_path):
     assert whole == [f"{CIRRUS}/{lost.name}"] and lost.exists()
 
 
+def test_a_language_is_had_whole_or_not_at_all(server, client):
+    path = put_cirrus(server, 3)
+    server.faults[path.replace("00000", "00002")] = [("status", 404)]        # listed, and gone when it is asked for
+    files, missing = dl.plan(client, ["ltg"])
+    assert not files and len(missing) == 1 and missing[0].startswith("ltg: ")
+    assert len(dl.plan(client, ["ltg"])[0]) == 3
+
+
 def test_one_bad_file_does_not_stop_the_others(server, tmp_path, monkeypatch):
     put_cirrus(server, 4)
     monkeypatch.setattr(dl, "LONGEST_WAIT", 0.0)

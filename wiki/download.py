@@ -473,7 +473,7 @@ def plan(client, languages, source="cirrus", date="latest", on_language=lambda l
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         for language in languages:
             try:
-                files += pool.map(lambda file: measure(client, file), resolve(client, language, source, date))
+                files += list(pool.map(lambda file: measure(client, file), resolve(client, language, source, date)))
             except NotFound as error:
                 missing.append(f"{language}: {error}")
             on_language(language)
