@@ -107,6 +107,7 @@ def test_minhash_estimates_jaccard():
         jaccard = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
         errors.append((c.minhash(a) == c.minhash(b)).mean() - jaccard)
     assert abs(np.mean(errors)) < 0.03 and np.std(errors) < 0.12      # standard error of 32 values is at most 0.09
+    assert (c.minhash("a town of 1234 people") == c.minhash("a town of 5689 people")).all()      # digits are one and the same
     for text in ("", "a", "12345", "ab" * 3):
         assert c.minhash(text).shape == (32,)
 
@@ -127,6 +128,8 @@ def test_near_duplicates():
     assert not drop[first]                                            # the first of its kind stays
     assert c.near_duplicates(np.zeros((0, 32), np.uint16)).shape == (0,)
     assert list(c.near_duplicates(np.zeros((3, 32), np.uint16))) == [False, True, True]
+    a, b, d = np.repeat([[0, 0], [0, 1], [2, 1]], 16, axis=1)         # half of b is a's, the other half is d's
+    assert list(c.near_duplicates(np.stack([a, b, d]))) == [False, True, False]   # b is gone, so that d repeats nothing
 
 
 def test_language_classifier():

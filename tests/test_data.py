@@ -512,6 +512,14 @@ def test_long_documents_reach_the_tokenizer_in_short_lines(tmp_path):
     assert "".join(lines) == "word " * 2000 and max(map(len, lines)) <= 1000
 
 
+def test_the_tokenizer_s_sample_ends_when_its_budget_is_reached(tmp_path):
+    (tmp_path / "0").write_bytes(b"ten chars.\n" * 5)
+    index = np.array([[i, 10, 11] for i in range(5)], np.uint64)
+    fate = np.array([data.TRAIN] * 4 + [data.VALIDATION], np.uint8)
+    for budget, taken in ((1, 1), (10, 1), (11, 2), (30, 3), (10**6, 4)):
+        assert len(list(data._sample_lines([(tmp_path / "0", index, fate)], budget))) == taken
+
+
 def one_line(result):
     """The complaint of a command that ended with code 2."""
     assert result.exit_code == 2, result.output
@@ -588,6 +596,15 @@ def test_damage_is_named(prepared, tmp_path, name, damage):
     with pytest.raises(ValueError, match=name):
         Corpus(folder)
     assert name in one_line(run("verify", folder))
+
+
+def test_a_manifest_of_another_version_is_refused(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "d")
+    manifest = data.read_manifest(prepared) | {"version": 2}
+    manifest["sha256"] = data.manifest_digest(manifest)
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="version 1"):
+        Corpus(tmp_path / "d")
 
 
 def test_damaged_samples_are_named(prepared, tmp_path):

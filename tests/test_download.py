@@ -95,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
             start, end = int(first), min(int(last or len(data)), len(data) - 1)
             if start >= len(data):
                 return self.answer(path, "status", 416)
+            start += 5 if kind == "shift" else 0      # another part than was asked for
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
             data = data[start:end + 1]
@@ -265,6 +266,12 @@ def test_resume_in_a_new_process(server, client, tmp_path):
     assert server.requests[0][1]["Range"] == "bytes=200000-" and (tmp_path / "d/a.bin").read_bytes() == DATA
 
 
+def test_another_part_than_asked_for_is_not_joined(server, client, tmp_path):
+    server.faults["/d/a.bin"] = [("cut", 100_000), ("shift",)]
+    dl.fetch(client, one_file(server, checksum=False), tmp_path)
+    assert (tmp_path / "d/a.bin").read_bytes() == DATA
+
+
 def test_changed_file_is_not_joined(server, client, tmp_path):
     new = DATA[::-1]
     file = one_file(server, new, checksum=False)
@@ -370,6 +377,8 @@ def test_download_manifest_and_repeat(server, tmp_path):
     whole = [path for path, headers in server.requests
              if path.endswith(".bz2") and headers.get("Range") != "bytes=0-0"]
     assert whole == [f"{CIRRUS}/{lost.name}"] and lost.exists()
+    server.files[whole[0]] = DATA * 2                                  # made anew there, longer
+    assert run(server, tmp_path).exit_code == 0 and lost.read_bytes() == DATA * 2
 
 
 def test_a_language_is_had_whole_or_not_at_all(server, client):

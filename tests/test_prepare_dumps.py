@@ -1,6 +1,7 @@
 """`data.py prepare` on Wikipedia dumps made here: what it drops and counts, appends, goes on with; its memory."""
 import bz2
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -145,6 +146,9 @@ def test_inspect_tells_all_of_it(prepared, dumps, tmp_path):
                        "digits and punctuation", "URLs", "boilerplate", "duplicate", "language", "short", "kept"]
     row = next(line for line in lines if line.startswith("ro ")).split()
     assert row == ["ro", "1", "1", "101", "1", "1", "1", "1", "1", "1", "3", "0", "92"]
+    assert next(line for line in lines if line.startswith("3 languages")) == (
+        "3 languages, vocabulary 500, <u2; dropped documents: 0 empty, 1 duplicate, 1 short, 1 boilerplate, 2 length, "
+        "1 script, 1 digits and punctuation, 1 URLs, 4 language")
     sample = run("inspect", prepared, "--sample", "ro").output
     assert "kept:\n" in sample and "dropped, length (1):\n    P85: Un oraș mic." in sample
     assert "dropped, language (3):" in sample and "P88: Valori: 1000; 7000;" in sample
@@ -234,6 +238,23 @@ def test_an_appended_language_is_judged_against_those_there(prepared, dumps, tmp
     prepare(tmp_path / "in", tmp_path / "alone", tokenizer=model, workers=1)
     assert data.read_manifest(tmp_path / "d")["languages"]["sw"]["dropped"]["language"] == 1
     assert "language" not in data.read_manifest(tmp_path / "alone")["languages"]["sw"]["dropped"]   # nothing to tell by
+
+
+def test_a_held_out_page_in_another_language_is_replaced(prepared, tmp_path):
+    """Validation has two documents of those that are left after all filters."""
+    def place(page):
+        line = sources.clean(page).encode() + b"\n"
+        return int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "little")
+    pages = [text("ro", i) for i in range(40)]
+    first = min(map(place, pages))
+    pages += [english := next(t for t in (text("en", i) for i in range(10_000)) if place(t) < first)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "rowiki-x.xml").write_text(xml_dump("ro", pages))
+    (tmp_path / "in" / "en.txt").write_text("\n\n".join(text("en", i) for i in range(20_000, 20_050)))
+    prepare(tmp_path / "in", tmp_path / "d", tokenizer=prepared / "tokenizer.model", validation_share=1e-6, workers=1)
+    entry = data.read_manifest(tmp_path / "d")["languages"]["ro"]
+    assert entry["dropped"]["language"] == 1 and " ".join(english.split()) not in kept(tmp_path / "d", "ro")
+    assert (entry["train"]["documents"], entry["validation"]["documents"]) == (38, 2)
 
 
 def test_killed_while_appending(prepared, dumps, tmp_path, monkeypatch):

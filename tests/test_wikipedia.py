@@ -66,7 +66,7 @@ EXAMPLES = [
     ("<div style='x'>A</div><span>b</span><REF>c</REF>", "A\nb"),
     # quotes
     ("'''''both''''' '''bold''' ''it'' l'''Iliade'' e ''''a'''", "both bold it l'Iliade e 'a"),
-    ("dell''''amico'''", "dell'amico"),
+    ("dell''''amico'''", "dell'amico"), ("dogs''' and ''cats", "dogs' and cats"),
     # entities, magic words, variants
     ("a&nbsp;b &amp;amp; &lt;br&gt;c &#1575;&#x644; &unknown; &#0;d", "a b &\nc ال &unknown; d"),
     ("__NOTOC__A __БЕЗ_СОДЕРЖАНИЯ__ b {{PAGENAME}}", "A b"),
@@ -434,6 +434,8 @@ def test_cirrus_oddities(tmp_path):
     path.write_text('{"index": {"_id": 7}}\r\n\r\n' + json.dumps(page | {"language": "ro"}) + "\r\n")
     (document,), warnings = read(path)
     assert document == ("ro", "7", "half ? a pair", "a pair \U0001F600, half of one ?") and not warnings
+    path.write_text('{ "index": {"_id": 8} }\n{"title": "a", "text": "b"}')
+    assert read(path) == ([("", "8", "a", "b")], [])                 # blanks where the server writes none
     for language in ("../../x", ["ro"], 5, None):                    # files are named by it
         path.write_text(json.dumps(page | {"language": language}))
         assert read(path)[0][0][0] == "" and list_dumps(path) == [("", path)]
@@ -444,6 +446,8 @@ def test_cirrus_reference_list():
     assert clean_cirrus(body + "↑ Smith 1990. ↑ a b Jones. ↑ Third source, p. 5.") == body.strip()
     assert clean_cirrus(body + "^ a b c Smith 1990. ^ Jones. ^ Third source, p. 5.").startswith(body[:100])
     assert clean_cirrus(body) == body.strip()
+    two = body + "↑ Smith 1990. ↑ Jones."
+    assert clean_cirrus(two) == two                                  # arrows of the text, no list
 
 
 # ---------------------------------------------------------------------------------------------------------------
