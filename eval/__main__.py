@@ -91,10 +91,10 @@ def main():
 @click.option("--prefix", default="", help="Before each sentence of STS and retrieval; e5 models want 'query: '.")
 @click.option("--seeds", default=3, type=click.IntRange(1), help="Fine-tuning runs a task.")
 @click.option("--limit", type=click.IntRange(2), help="At most so many examples of each split.")
-@click.option("--budget", type=Duration(), help="Wall time, as 30m: steps, learning rates and seeds are cut to fit.")
+@click.option("--budget", type=Duration(), help="Wall time, as 30m: batches, steps, learning rates and seeds are cut to fit.")
 @click.option("--rates", default="5e-5,1e-4,2e-4", callback=rate_list,
               help="Learning rates to try; the best on the source language's dev set is used.")
-@click.option("--jobs", type=click.IntRange(1), help="Trainings at the same time, on a CPU. [default: as many as cores]")
+@click.option("--jobs", type=click.IntRange(1), help="Trainings at the same time, on a CPU. [default: about as many as cores]")
 @click.option("--to-the-end", is_flag=True, help="Plan by the budget, but end no run early where it takes longer.")
 @click.option("--first-seed", default=0, type=click.IntRange(0), help="The seeds are this one and those after it.")
 @click.option("--like", type=click.Path(exists=True, dir_okay=False),

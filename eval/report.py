@@ -71,7 +71,8 @@ def table(report):
         for cell in cells:
             scores = cell["scores"]
             spread = f"{np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
-            more = "".join(f" {np.mean([score(*np.array(table, float).T) for table in cell['examples']]):.3f} |" for _, score in also)
+            tables = [np.array(table, float).T for table in cell["examples"]]
+            more = "".join(f" {np.mean([score(*columns) for columns in tables]):.3f} |" for _, score in also)
             yield (f"| {cell['data']} | {cell['language']} | {cell['n']} | {len(scores)} | {np.mean(scores):.3f} | "
                    f"{spread} |{more}")
         yield (f"| mean | {len(cells)} cells | | | {np.mean([np.mean(cell['scores']) for cell in cells]):.3f} | |"
@@ -161,8 +162,9 @@ def with_percentage(cells, notes):
     kept = {task: {name: c for name, c in row.items() if name not in weak[task]} for task, row in cells.items()}
     for task, names in weak.items():
         if names:
-            notes.append(f"{task}: no percentage of a baseline below {SMALLEST} with any seed: {', '.join(names).replace(f'{task}/', '')}; "
-                         "these cells count in the differences only")
+            cells_named = ", ".join(name.removeprefix(f"{task}/") for name in names)
+            notes.append(f"{task}: no percentage of a baseline below {SMALLEST} with any seed: {cells_named}; these cells count "
+                         "in the differences only")
     return {t: row for t, row in kept.items() if row}
 
 

@@ -100,8 +100,8 @@ class Report:
         self.value = {
             "format": FORMAT,
             "model": {"path": str(model_folder), "parameters": sum(p.numel() for p in model.parameters()),
-                      "sha256": file_hash(*(p for n in ("config.json", "model.safetensors", "tokenizer.model",
-                                                                        "vocab.txt") if (p := folder / n).is_file()))},
+                      "sha256": file_hash(*(p for n in ("config.json", "model.safetensors", "tokenizer.model", "vocab.txt")
+                                            if (p := folder / n).is_file()))},
             "data": {}, "settings": settings, "notes": [], "cells": [], "training": [], "neutrality": {}, "seconds": 0.0,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                          "sentencepiece": sentencepiece.__version__}}
@@ -123,13 +123,12 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
     """Evaluate a model folder on `names` (of tasks.TASKS and "neutrality") and write the report to `out`.
 
     prefix: text before each sentence of STS and retrieval. limit: at most so many examples a split. budget:
-    seconds for everything; see finetune.plan for what is cut. At least one step and 50 examples of each language
-    are done, so that a very short one is overrun. like: the report of another model, whose steps,
-    learning rates, seeds and share of the test splits are used again, so that the two compare fairly. train_on:
-    "source", "target" or "all", see `assign`. first_seed: of the fine-tuning seeds. to_the_end: the budget
-    plans, but ends no run early; the ablation needs equal steps. rates: learning rates to try. jobs: trainings at the same time on a
-    CPU; None: as many as cores.
-    Raises ValueError, in one line, for bad input.
+    seconds for everything; see finetune.plan for what is cut. At least one step and 50 examples of each language are
+    done, so that a very short one is overrun. like: the report of another model, whose steps, batches, learning rates,
+    seeds and share of the test splits are used again, so that the two compare fairly. train_on: "source", "target" or
+    "all", see `assign`. first_seed: of the fine-tuning seeds. to_the_end: the budget plans, but ends no run early; the
+    ablation needs equal steps. rates: learning rates to try. jobs: trainings at the same time on a CPU; None: see
+    finetune.pool. Raises ValueError, in one line, for bad input.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
@@ -258,7 +257,8 @@ def assign(task, sets, report, say, train_on="source"):
     all their dev splits.
 
     Dev, where there is none to spare, is every tenth example of train, or two of fewer than twenty (for QA every tenth
-    article, so that no text is on both sides). Data sets without training data are targets of the task's largest training, but for "target".
+    article, so that no text is on both sides). Data sets without training data are targets of the task's largest training,
+    but for "target".
     """
     trainings = {"source": train_on_source, "target": train_on_target, "all": train_on_all}[train_on](task, sets)
     if not trainings and train_on == "source":
@@ -409,7 +409,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
         deadline -= plan.seeds * plan.share * test
     if plan.share < 1:
         scored = [(*where, *shorten((examples, items), max(50, int(plan.share * len(examples)))))
-                   for *where, examples, items in scored]
+                  for *where, examples, items in scored]
     say(f"{name}: training on {training.data} {training.source} ({len(training.train):,} examples; {training.how})")
     tables, done = [[] for _ in scored], []
     for run, sweep in finetune.runs(encoder, task, train, dev, plan, dtype=dtype, first_seed=first_seed,
@@ -437,7 +437,8 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
         "steps": plan.steps, "steps_wanted": wanted.steps, "sweep": {f"{lr:g}": score for lr, score in sweep.items()},
         "lr": done[0].lr, "seeds": [run.seed for run in done], "dev": [run.dev for run in done],
         "steps_done": [run.steps for run in done], "stopped": [run.stopped for run in done],
-        "share_of_test": plan.share, "seconds_a_step": step_time and step_time[plan.batch], "seconds": round(time.monotonic() - began, 1)})
+        "share_of_test": plan.share, "seconds_a_step": step_time and step_time[plan.batch],
+        "seconds": round(time.monotonic() - began, 1)})
 
 
 def shorten(split, count):

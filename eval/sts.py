@@ -1,8 +1,9 @@
 """Semantic textual similarity: two sentences and a score from 0 to 5. CSV, TSV or JSONL.
 
 Reads the multilingual STS benchmark (s1, s2, score without a header, quoted fields) and any table with a
-header of sentence1, sentence2, score. Scored by Spearman's correlation (`show` has Pearson's too) between the cosine of the two sentence vectors
-and the gold score: without any training (`cosines`), or after training that cosine (`Similarity`).
+header of sentence1, sentence2, score. Scored by Spearman's correlation (`show` has Pearson's too) between the cosine of
+the two sentence vectors and the gold score: without any training (`cosines`), or after training that cosine
+(`Similarity`).
 """
 from dataclasses import dataclass
 

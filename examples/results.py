@@ -35,7 +35,9 @@ def sizes(folder):
 def speed(folders, lines, sentences=300, rounds=5):
     """Sentences a second of each model on the same sentences, tokenising included; rounds alternate, medians."""
     files = sorted(Path(lines).glob("*.txt"))
-    text = [line for f in files for line in [t for t in f.read_text(errors="replace").split("\n") if 20 < len(t) < 200][:-(-sentences // len(files))]]
+    each = -(-sentences // len(files))
+    text = [line for f in files
+            for line in [t for t in f.read_text(errors="replace").split("\n") if 20 < len(t) < 200][:each]]
     loaded = {name: load(folder) for name, folder in folders.items()}
     seconds = {name: [] for name in loaded}
     for _ in range(rounds + 1):
@@ -65,9 +67,9 @@ def page(folder, facts):
         value["model"]["path"] = f"examples/reports/{name}"
     student, teacher = facts["sizes"]["student"], facts["sizes"]["teacher"]
     yield from ("# A student of multilingual-e5-small", "",
-                f"Made by `bash examples/distil_e5.sh {facts['options']}` on {facts['machine']}, {facts['date']}: {facts['steps']} steps of "
-                f"4,096 tokens a student ({facts['tokens'] / 1e6:.2f} M tokens), {facts['seconds'] / 60:.0f} minutes of training in all. "
-                f"{facts['load']}", "", "| | teacher | student | |", "|---|---:|---:|---:|")
+                f"Made by `bash examples/distil_e5.sh {facts['options']}` on {facts['machine']}, {facts['date']}: "
+                f"{facts['steps']} steps of 4,096 tokens a student ({facts['tokens'] / 1e6:.2f} M tokens), "
+                f"{facts['seconds'] / 60:.0f} minutes of training in all. {facts['load']}", "", "| | teacher | student | |", "|---|---:|---:|---:|")
     for what in ("layers", "in the layers", "embeddings", "pieces", "all", "MB"):
         label = {"in the layers": "parameters in the layers", "all": "all parameters", "MB": "MB on disk (fp32)"}.get(what, what)
         yield f"| {label} | {teacher[what]:,.0f} | {student[what]:,.0f} | {student[what] / teacher[what]:.1%} |"
@@ -78,7 +80,7 @@ def page(folder, facts):
                 "| | teacher | " + " | ".join(ablate.RUNGS[n][0] for n in NAMES) + " |", "|---|---:|" + "---:|" * len(NAMES))
     shares = {name: kept(reports["teacher"], reports[name]) for name in NAMES}
     for task, (_, theirs, n) in shares["mlm"].items():
-        yield f"| {task} ({n} languages) | {theirs:.3f} | " + " | ".join(
+        yield f"| {task} ({n} data sets and languages) | {theirs:.3f} | " + " | ".join(
             f"{shares[name][task][0]:.3f} ({shares[name][task][0] / theirs:.0%})" for name in NAMES) + " |"
     yield from ("", "## Neutrality of the last layer", "", "| | " + " | ".join(("data", *MEASURES)) + " |",
                 "|---|---|" + "---:|" * len(MEASURES))

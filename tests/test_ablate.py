@@ -114,6 +114,8 @@ def test_the_table_is_what_compare_says(ladder):
     scores = [np.mean(c["scores"]) for c in reports["all"]["cells"] if c["task"] == "sts"]
     line = next(line for line in printed.split("\n") if line.startswith("| all |"))
     assert f"{np.mean(scores):.3f}" in line
+    english = [np.mean(c["scores"]) for c in reports["all"]["cells"] if c["task"] in run.HEADS and c["language"] == "en"]
+    assert [f"({score:.3f})" in line for score in english] == [True] * 4
 
 
 def test_nothing_is_done_twice(ladder, folder, monkeypatch):
@@ -155,6 +157,19 @@ def test_what_fits_the_budget(tmp_path, monkeypatch, budget, seconds, wanted):
     assert (plan["steps"], plan["teacher_steps"], plan["seeds"]) == wanted
     cost = seconds * (plan["teacher_steps"] + 4 * plan["seeds"] * plan["steps"])
     assert cost <= ablate.PRETRAINING * budget + seconds
+
+
+@pytest.mark.parametrize("seconds, seeds", [(60, 3), (80, 2), (100, 1)])
+def test_a_slow_machine_trains_fewer_seeds(tmp_path, monkeypatch, seconds, seeds):
+    """No seed begins that would end after LATEST of the budget: four runs of it, each as long as those before."""
+    now = [0.0]
+    monkeypatch.setattr(ablate.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ablate.Ladder, "train", lambda *arguments: now.__setitem__(0, now[0] + seconds))
+    ladder = ablate.Ladder(tmp_path, {"config": {}, "tasks": [], "seeds": 3, "limit": None, "budget": 1000}, print)
+    ladder.state["plan"] = {"steps": 1, "teacher_steps": 0, "seeds": 3}
+    ladder.pretrain()
+    assert now[0] == 4 * seconds * seeds and ladder.state["plan"]["seeds"] == seeds
+    assert [note.split(":")[0] for note in ladder.state["notes"]] == [f"{seeds} of 3 seeds"] * (seeds < 3)
 
 
 @pytest.mark.parametrize("change, said", [

@@ -399,6 +399,14 @@ def test_each_language_is_centred_by_its_training_rows(monkeypatch):
         np.testing.assert_allclose(test, x[held_out & (label == k)] - x[~held_out & (label == k)].mean(0))
 
 
+def test_neutrality_of_languages_of_unequal_size(folder, model, tokenizer):
+    pairs = examples(folder, retrieval, "retrieval", "test", 30, "ro")
+    few = examples(folder, retrieval, "retrieval", "test", neutrality.LEAST - 1, "fi")
+    found = neutrality.measure(model, tokenizer, {"ro": pairs, "ru": pairs[:12], "fi": few})
+    assert found["languages"] == ["ro", "ru", "en"] and found["n"] == 30 + 12 + 30
+    assert found["prior"] == 10 / 24 and len(found["map"]["ru"]) == 12       # every third row is for testing: 10, 4 and 10
+
+
 def test_geometry_measures_against_closed_forms():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 8))
@@ -598,7 +606,10 @@ def test_a_budget_cuts_and_says_so(folder):
     for t in value["training"]:
         assert t["steps"] < t["steps_wanted"] and len(t["seeds"]) == 1 and len(t["sweep"]) == 1
     assert all(f"{task} on {task}/atlas: cut to fit the budget" in done.output for task in ("nli", "sts"))
-    assert all(c["n"] >= 50 for c in value["cells"]) and value["seconds"] < 40
+    shares = {t["task"]: t["share_of_test"] for t in value["training"]} | {"sts-cosine": value["settings"]["untrained_share"]}
+    sizes = {"nli": 300, "sts": 200, "sts-cosine": 200}
+    assert all(c["n"] == max(50, int(min(1, shares[c["task"]]) * sizes[c["task"]])) for c in value["cells"])
+    assert shares["nli"] < 1 and value["seconds"] < 40
 
 
 def test_the_same_plan_gives_the_same_scores(reports):
@@ -700,6 +711,22 @@ def test_the_spread_that_is_printed_is_that_of_paired_runs():
     difference = (tables[0] - tables[1]).mean((2, 3)).T                      # [seed, language]
     _, sd_language, sd_seed = report.statistics.effect_spread(difference)
     assert f"{sd_language:.3f} between cells, {sd_seed:.3f} between seeds" in last
+
+
+def test_percentages_are_of_baselines_that_every_seed_reaches():
+    cell_of = lambda *scores: report.statistics.Cell(metrics.mean, np.ones((2, 1, 1)), np.array(scores).reshape(2, 1, 1))  # noqa: E731
+    notes = []
+    kept = report.with_percentage({"nli": {"nli/x de": cell_of(0.5, 0.2), "nli/x fr": cell_of(0.5, 0.05)},
+                                   "qa": {"qa/x fr": cell_of(0.0, 0.0)}}, notes)
+    assert {task: list(row) for task, row in kept.items()} == {"nli": ["nli/x de"]}
+    assert [note.split(":")[0] for note in notes] == ["nli", "qa"] and "with any seed: x fr;" in notes[0]
+
+
+def test_trainings_that_differ_are_told():
+    one = {"task": "nli", "data": "nli/x", "source": "en", "steps": 9, "batch": 32, "seeds": [0], "share_of_test": 1.0}
+    sides = [{"settings": {}, "data": {}, "training": [one]}, {"settings": {}, "data": {}, "training": [one | {"batch": 8}]}]
+    assert report.settings_that_differ(sides[0], sides[0]) == []
+    assert report.settings_that_differ(*sides) == ["nli on nli/x: batch 32 in the baseline, 8 in the candidate"]
 
 
 def test_a_language_is_one_difference_and_its_tasks_weigh_alike():
