@@ -2,6 +2,7 @@
 
 Most commands of the ladder run in this process: to import torch two dozen times would take most of the time.
 """
+import importlib.util
 import json
 import subprocess
 import types
@@ -213,3 +214,23 @@ def test_a_run_that_fails_is_named(folder, tmp_path, monkeypatch):
     # The teacher is no model folder; the rung without distillation does not mind, the next one does.
     result = command("--config", tmp_path / "config.json", "--out", tmp_path / "out", "--seeds", 1, "--limit", 4)
     assert result.exit_code == 2 and "train.log" in result.output and "--teacher" in result.output.split("\n")[-2]
+
+
+def test_the_page_of_the_example_is_what_its_reports_say():
+    """examples/results.py on the reports beside it, which have to stay readable."""
+    path = ablate.REPOSITORY / "examples" / "results.py"
+    results = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("results", path))
+    spec.loader.exec_module(results)
+    sizes = dict.fromkeys(("layers", "in the layers", "embeddings", "pieces", "all"), 12) | {"MB": 4.0}
+    facts = {"sizes": {"teacher": sizes, "student": sizes | {"layers": 3}}, "options": "", "machine": "", "date": "", "steps": 1,
+             "speed": {"threads": 1, "rate": {"teacher": 10.0, "student": 25.0}, "ratio": 2.5}, "tokens": 1, "seconds": 60,
+             "load": "", "text": "0" * 64}
+    lines = list(results.page(path.parent / "reports", facts))
+    assert "| layers | 12 | 3 | 25.0% |" in lines and "| sentences/s, 1 thread(s) | 10 | 25 | 2.50 x |" in lines
+    means = {name: np.mean([c["scores"][0] for c in report.load(path.parent / "reports" / f"{name}.json")["cells"]
+                            if c["task"] == "retrieval"]) for name in ("teacher", "all")}
+    row = next(line for line in lines if line.startswith("| retrieval ("))
+    assert f"| {means['teacher']:.3f} |" in row and row.endswith(f"{means['all']:.3f} ({means['all'] / means['teacher']:.0%}) |")
+    value = report.load(path.parent / "reports" / "all.json")
+    short = results.compact(value, most=20)
+    assert all(c["n"] == len(c["digests"]) // 8 == len(c["examples"][0]) <= 20 for c in short["cells"])
