@@ -341,6 +341,10 @@ class Run:
                 raise UserError(f"{path} is beyond the {self.config.steps} steps that were asked for; go on with --extend and "
                                 f"--steps above {self.step}, or start a new run with another --out")
             self.world.say(f"resumed {self.out} at step {self.step}")
+        every = self.world.sum(torch.tensor(self.step, dtype=torch.float64, device=self.device))
+        if every != self.world.size * self.step:
+            raise UserError(f"process {self.world.rank} found the checkpoint of step {self.step} in {self.out}, others found another; "
+                            f"all machines must see one folder. Start again with --resume when they do")
         if self.world.rank == 0:  # killed before its first checkpoint, a run may have logged steps all the same
             self.log.rewind(self.step)
 

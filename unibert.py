@@ -364,28 +364,30 @@ def relation_distillation(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, 
 
     student [T, 3, h, d] and teacher [T, 3, h', d'] as `Block.heads` gives them; widths may differ, both are cut
     anew into `relation_heads`. Returns [T] fp32: a token's KL, summed over Q, K, V, averaged over heads.
-    Memory: 3 * S * relation_heads * max_seqlen^2 floats for each model, S the number of sequences.
+    Memory: 9 * relation_heads * max_seqlen floats a token, for each model.
     """
-    total = student.shape[0]
-    segment, position = positions_of(cu_seqlens, total)
-    count = cu_seqlens.shape[0] - 1
-    inside = segment < count
-    slot = torch.where(inside, segment * max_seqlen + position, count * max_seqlen)  # the last row takes the rest
-    valid = torch.arange(max_seqlen, device=student.device) < cu_seqlens.diff()[:, None]     # [S, L]
-    mask = torch.where(valid, 0.0, -1e9)[:, None, None, :]                                   # keys [S, 1, 1, L]
+    total, reach = student.shape[0], 3 * max_seqlen
+    segment, _ = positions_of(cu_seqlens, total)
+
+    def windows(x: Tensor) -> Tensor:
+        """x [T, ...] -> [blocks, ..., 3 L]: each block of L = max_seqlen tokens, in the middle, and the two beside it.
+        No sequence of a block's tokens reaches further."""
+        after = max_seqlen + -total % max_seqlen
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (max_seqlen, after), value=-1).unfold(0, reach, max_seqlen)
+
+    own = windows(segment)
+    own = own[:, max_seqlen:-max_seqlen, None] == own[:, None, :]                            # [blocks, L, 3 L]
 
     def relations(x: Tensor) -> Tensor:
-        x = x.flatten(2).float()                                                             # [T, 3, H]
-        padded = x.new_zeros(count * max_seqlen + 1, *x.shape[1:]).index_copy(0, slot, x)[:-1]
-        padded = padded.view(count, max_seqlen, 3, relation_heads, -1).permute(2, 0, 3, 1, 4)  # [3, S, h, L, d]
-        score = padded @ padded.transpose(-1, -2) / math.sqrt(padded.shape[-1])
-        return F.log_softmax(score + mask, dim=-1)
+        keys = windows(x.flatten(2).unflatten(2, (relation_heads, -1)).float())              # [blocks, 3, h, d, 3 L]
+        score = keys[..., max_seqlen:-max_seqlen].mT @ keys / math.sqrt(keys.shape[3])       # [blocks, 3, h, L, 3 L]
+        return F.log_softmax(score.masked_fill(~own[:, None, None], -1e9), dim=-1)
 
     ours = relations(student)
     with torch.no_grad():
         theirs = relations(teacher)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(2).sum(0)                             # [S, L]
-    return F.pad(kl.flatten(), (0, 1))[slot] * inside
+    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(2).sum(1)                             # [blocks, L]
+    return kl.flatten()[:total] * (segment < cu_seqlens.shape[0] - 1)
 
 
 def similarity_distillation(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:

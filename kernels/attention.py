@@ -148,7 +148,7 @@ def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, seed, threshold, gain,
     acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     peak = tl.zeros([BLOCK_Q], tl.float32) - float("inf")
-    for masked in tl.static_range(2):
+    for masked in tl.static_range(2):           # the loop is compiled twice: for what needs no mask, then for the rest
         for key in range(steady if masked else low, high if masked else steady, BLOCK_K):
             keys = key + tl.arange(0, BLOCK_K)
             kt = _read(k, key, high, head, D, BLOCK_K, WIDTH, masked)

@@ -316,6 +316,14 @@ def test_ten_bad_steps_stop_with_a_checkpoint(make_run, monkeypatch):
     assert run.checkpoints.load_newest()[0] == 10
 
 
+def test_processes_that_see_different_checkpoints_stop(make_run, monkeypatch):
+    run = make_run()
+    run.resume()                                                        # all at step 0
+    monkeypatch.setattr(run.world, "sum", lambda steps: steps + 40)     # one more process, on a machine that is behind
+    with pytest.raises(train.UserError, match="others found another"):
+        run.resume()
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 def command(*arguments, ok=True, cwd=REPO):
