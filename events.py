@@ -35,9 +35,9 @@ class Log:
     def line(self, record: dict) -> str:
         if "validation" in record:
             return f"step {record['step']:6d}  validation mlm {record['validation']['mlm_loss']:.3f}"
-        line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}  mlm {record['mlm_loss']:.3f}"
+        line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}"
         line += "".join(f"  {name.removesuffix('_loss')} {value:.3f}" for name, value in record.items()
-                        if name.endswith("_loss") and name not in ("mlm_loss", "adv_loss"))  # the teacher's terms
+                        if name.endswith("_loss") and name != "adv_loss")  # MLM, and what is learnt from a teacher
         if "adv_loss" in record:
             line += (f"  adv {record['adv_loss']:.3f} (names {record['discriminator_accuracy']:.1%} of languages, "
                      f"chance {record['chance']:.1%})")

@@ -208,9 +208,8 @@ class Run:
                 loss.backward()
             sums += part.detach()
         world.sum(sums)
-        groups = [list(self.model.parameters())]
-        groups += [list(m.parameters()) for m in (self.objective.projection, self.objective.discriminator)
-                   if m is not None and any(True for _ in m.parameters())]
+        modules = self.model, self.objective.projection, self.objective.discriminator  # a projection may be without parameters
+        groups = [parameters for m in modules if m is not None and (parameters := list(m.parameters()))]
         norms = [nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in groups]
         parts = sums, shared, self.objective.loss(sums, counts).detach()[None], torch.stack(norms)
         # One copy for all, so that the host waits for the device once a step.
@@ -241,7 +240,9 @@ class Run:
         part, *per_language, stop = dict(zip(Objective.PARTS, sums)), *shared[3:]
         masked, tokens, sequences = (max(1.0, count) for count in shared[:3])
         units = sequences if self.config.adv_level == "sequence" else tokens
-        record = dict(step=self.step + 1, loss=loss[0], mlm_loss=part["mlm"] / masked)
+        record = dict(step=self.step + 1, loss=loss[0])
+        if self.config.mlm_weight or self.config.kd_weight:  # else nobody computed it
+            record["mlm_loss"] = part["mlm"] / masked
         if self.objective.discriminator is not None:
             self.adv_loss = part["adv"] / units if finite else self.adv_loss
             record |= {"adv_loss": part["adv"] / units, "discriminator_accuracy": part["correct"] / units,
@@ -372,7 +373,7 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     last = run.train()
     seconds = time.perf_counter() - start
     for number, handler in handlers.items():  # all is saved: what follows may be stopped at once, and is done again by --resume
-        signal.signal(number, handler)
+        signal.signal(number, handler or signal.SIG_DFL)
     scores = evaluate(run) | ({"before": before} if before else {})
     run.log(dict(step=run.step, validation=scores))
     if world.rank == 0:
