@@ -308,6 +308,8 @@ def test_validation_batches_hold_each_document_once(corpus):
         for a, b in zip(batches, again, strict=True):
             assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("tokens", "cu_seqlens", "masked", "targets"))
             assert a.cu_seqlens.diff().max() <= config.max_length and a.cu_seqlens[-1] == len(a.tokens)
+    (turns,) = validation_batches(held_out, config, ["aa", "bb"], 256)
+    assert [language for language, _ in sequences(turns, restored(turns))][:4] == [0, 1, 0, 1]
     few = validation_batches(held_out, config, "bb", 1024)
     assert sum(len(batch.tokens) for batch in few) == 1024
     with pytest.raises(ValueError, match="zz"):

@@ -190,6 +190,9 @@ def test_xml_with_checksums(server, client):
     assert file.name == "ltgwiki-2026-01-01-p1p9.xml.bz2"
     assert file.checksum == ("sha256", hashlib.sha256(DATA).hexdigest())
     assert dl.measure(client, file).size == len(DATA)
+    sums = f"{root}/2026-01-01/xml/bzip2/SHA256SUMS"
+    server.files[sums] = server.files[sums].replace(b"  ", b" *")      # sha256sum --binary
+    assert dl.resolve(client, "ltg", "xml") == [file]
     del server.files[f"{root}/2026-01-01/xml/bzip2/SHA256SUMS"]
     client.listings.clear()
     (file,) = dl.resolve(client, "ltg", "xml")

@@ -23,6 +23,7 @@ import sources
 from data import Corpus, load_tokenizer, prepare
 from records import finish, finished
 from sources import Reading, list_parts
+from wiki.wikipedia import Part
 
 WORDS = {
     "ro": "râul coboară dintre dealuri vechi și verzi iar copiii duc coșuri mici cu pâine la piață în fiecare zi "
@@ -136,6 +137,9 @@ def test_filters_are_counted(prepared):
             == entry["pages"]["article"] and entry["validation"]["documents"] >= 2
         assert len(kept(prepared, code)) == entry["pages"]["article"] - sum(entry["dropped"].values())
     assert sum(BOILERPLATE in t for t in kept(prepared, "ro")) == 20
+    tokenizer = load_tokenizer(prepared / "tokenizer.model")
+    manifest = data.read_manifest(prepared)
+    assert len(list(corpus_report.kept_text(prepared, manifest, "ro", "train", 1, tokenizer))) == 1
     assert " ".join(text("sw", 7).split()) in kept(prepared, "sw")
 
 
@@ -152,7 +156,11 @@ def test_inspect_tells_all_of_it(prepared, dumps, tmp_path):
     sample = run("inspect", prepared, "--sample", "ro").output
     assert "kept:\n" in sample and "dropped, length (1):\n    P85: Un oraș mic." in sample
     assert "dropped, language (3):" in sample and "P88: Valori: 1000; 7000;" in sample
+    assert sample.split("kept:\n")[1].split("dropped")[0].count("\n") == sources.SAMPLES
     assert "its languages are" in run("inspect", prepared, "--sample", "xx").output
+    *_, share, epochs = [line for line in lines if line.startswith("ro ")][1].split()
+    tokens = data.read_manifest(prepared)["languages"]["ro"]["train"]["tokens"]
+    assert float(epochs) == pytest.approx(float(share.rstrip("%")) * 1e3 / tokens, abs=0.01)
     same = run("inspect", prepared, "--compare", prepared / "tokenizer.model").output.splitlines()
     assert len(same) == 5 and all(line.endswith("1.00x") for line in same[2:])
     prepare(dumps / "en.txt", tmp_path / "en", vocab_size=350, workers=1)
@@ -414,6 +422,14 @@ def test_odd_input(prepared, tmp_path):
     manifest = data.read_manifest(tmp_path / "d")
     assert list(manifest["languages"]) == ["ro", "sw"] and list(manifest["left_out"]) == ["fr"]
     assert run("verify", tmp_path / "d").exit_code == 0
+
+
+def test_a_few_samples_of_what_was_dropped_are_kept(tmp_path):
+    path = tmp_path / "rowiki-x.xml"
+    path.write_text(xml_dump("ro", [f"Scurt {i}." for i in range(50)]))
+    (tmp_path / "clean").mkdir()
+    record = sources.clean_part((Part(path, "ro"), tmp_path, Reading()))
+    assert record["dropped"] == {"length": 50} and len(record["samples"]) == sources.SAMPLES
 
 
 def test_two_downloads_of_a_wiki_are_told(tmp_path):

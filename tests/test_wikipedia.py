@@ -77,6 +77,7 @@ EXAMPLES = [
      "Lead.\nA\na\nC\nD\nd"),
     ("Lead.\n== Weblinks ==\n* x\n=== sub ===\ny\n== Nachleben ==\nz", "Lead.\nNachleben\nz"),
     ("Lead.\n== Literature ==\nPoets write.\n== Literatur ==\n* A: B. 1990.", "Lead.\nLiterature\nPoets write."),
+    ("Lead.\n== Literature ==\nSmith: A book. 1990.\nJones: A tale. 1985.", "Lead."),
     ("Lead.\n==Unknown heading==\n* [[A]]\n* [http://b.org B]\n==Another==\n* [[C]]\n", "Lead."),
     ("Lead.\n==Works==\n* [[A]], a book of 1900\n* [[B]]", "Lead.\nWorks\nA, a book of 1900\nB"),
     ("a\u200bb می\u200cخواهم \ufeffc", "ab می\u200cخواهم c"),
