@@ -18,7 +18,7 @@ import threading
 
 import torch
 
-from unibert import write_atomically
+from files import write_atomically
 
 
 def sync_folder(folder: pathlib.Path) -> None:

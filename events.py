@@ -12,9 +12,9 @@ import resource
 import click
 import torch
 
+from files import write_atomically
 from launch import UserError
 from options import TrainConfig
-from unibert import write_atomically
 
 
 class Log:

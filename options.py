@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import click
 
 from batches import MIN_SEQUENCE
+from files import write_atomically
 from launch import UserError
-from unibert import write_atomically
 
 # Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
 DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")

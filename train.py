@@ -35,14 +35,15 @@ from torch import nn
 from checkpoint import Checkpoints
 from data import (BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
                   sampling_probabilities, slot_probabilities)
+from events import Log, peak_memory, profiler, summary_writer
+from files import write_atomically
 from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_teacher
-from events import Log, peak_memory, profiler, summary_writer
 from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
 from options import ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, TrainConfig, claimed, settle
 from plan import PEAK_FLOPS, flops_per_token, plan
-from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, load_model, save_model, write_atomically
+from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
 
 

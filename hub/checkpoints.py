@@ -26,10 +26,10 @@ from torch import Tensor
 
 from data import (BOS, EOS, FIRST_PIECE, Corpus, encode_text, list_sources, load_tokenizer, pack_sequences,
                   read_documents)
+from files import read_safetensors, write_atomically
 from hub.vocabulary import (SentencePieceModel, WordPiece, choose_pieces, from_fairseq, is_ours, keep_pieces,
                             load_vocabulary, read_tokenizer_json, read_vocabulary, read_wordpiece)
-from unibert import (UniBERT, UniBERTConfig, empty_model, load_model, mean_pool, read_safetensors, refusals, save_model,
-                     write_atomically)
+from unibert import UniBERT, UniBERTConfig, empty_model, load_model, mean_pool, refusals, save_model
 
 # ------------------------------------------------------------------------------------------- names of the tensors
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BOS, EOS, PAD, read_manifest
+from files import write_atomically, write_safetensors
 from hub.checkpoints import FAMILIES, ROBERTA, TITLE, TOKEN_TYPES, new_folder, read_json, save_vocabulary, their_names
 from hub.vocabulary import SentencePieceModel, WordPiece, read_vocabulary, tokenizer_json
-from unibert import Layout, UniBERT, load_model, refusals, rotary_table, write_atomically, write_safetensors
+from unibert import Layout, UniBERT, load_model, refusals, rotary_table
 
 FORMATS = ("bert", "xlm-roberta", "modernbert", "onnx")
 CLASSES = {"bert": "Bert", "xlm-roberta": "XLMRoberta", "modernbert": "ModernBert"}

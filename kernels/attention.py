@@ -516,4 +516,5 @@ def attention(q, k, v, cu_seqlens, max_seqlen, backend="auto", dropout=0.0, seed
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if differentiated or torch.compiler.is_compiling() or type(q) is not Tensor or q.is_meta:
         return _forward(*arguments)[0]
-    return _compute(*arguments)[0]      # no one to tell what was done: an operator's first call takes a second of imports
+    # Nothing has to be recorded, and an operator's first call imports torch's compiler: a second of every fill-mask.
+    return _compute(*arguments)[0]

@@ -56,8 +56,8 @@ from kernels import support
 from kernels.configurations import SHARED_KIB, compile_all, tune
 from kernels.peers import (Candidate, Problem, attention_problem, cross_entropy_problem, difference,
                            distillation_problem, draw_lengths, installed, missing_peers, size_of, step_problems)
+from files import write_atomically
 from launch import keep_freed_memory
-from unibert import write_atomically
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 

@@ -12,8 +12,9 @@ from torch import nn
 
 import unibert
 from data import IGNORE, pack_sequences
+from files import read_safetensors, write_safetensors
 from unibert import (GradientReversal, LanguageDiscriminator, UniBERT, UniBERTConfig, hidden_distillation, load_model,
-                     mean_pool, positions_of, read_safetensors, relation_distillation, save_model, write_safetensors)
+                     mean_pool, positions_of, relation_distillation, save_model)
 
 
 def small_model(block="modern", **changes):

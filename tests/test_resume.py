@@ -19,7 +19,7 @@ import torch
 import train
 from checkpoint import Checkpoints
 from data import prepare
-from unibert import read_safetensors
+from files import read_safetensors
 
 REPO = pathlib.Path(train.__file__).parent
 OPTIONS = ("--preset", "tiny", "--steps", "60", "--tokens-per-batch", "1024", "--max-length", "32", "--device", "cpu",
