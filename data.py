@@ -290,7 +290,8 @@ def _build(sources, folder, out, old, vocab_size, tokenizer, alpha, validation_s
         del entries[code], parts[code]
 
     # 1. Decide each document's fate.
-    _warn("looking for duplicates")
+    if reading.signatures:
+        _warn("looking for near-duplicates")
     parts, fates, dumps = {}, {}, {}
     for code, group in grouped.items():
         counts, dropped = Counter({"article": 0}), Counter({"empty": 0, "duplicate": 0, "short": 0})
