@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from wiki import languages
 from wiki.languages import LANGUAGES
 from wiki.wikipedia import Part, clean_cirrus, language_of, list_dumps, read_documents, split
 from wiki.wikitext import clean_wikitext, is_disambiguation, is_redirect, make_siteinfo
@@ -460,6 +462,13 @@ def test_languages():
     for name, code in (("rowiki-20260101-pages.xml", "ro"), ("zh_min_nanwiki_content-1.json", "zh-min-nan"),
                        ("simplewiki-x", "simple"), ("enwiktionary-x", ""), ("tinywiki-x", ""), ("wikidatawiki-x", ""), ("enwiki", "en")):
         assert language_of(name) == code
+
+
+def test_words_of_the_tables_are_written_as_pages_write_them():
+    """In lower case, composed, and in one script; but for Japanese, and Chuvash, which once borrowed Latin letters."""
+    for word in languages.FILE_NAMESPACES | languages.CATEGORY_NAMESPACES | languages.DISAMBIGUATION | languages.REFERENCE_HEADINGS:
+        scripts = {unicodedata.name(c).split()[0] for c in word if unicodedata.category(c) == "Lo"} - {"HIRAGANA", "KATAKANA"}
+        assert word == unicodedata.normalize("NFC", word.lower()).strip() and len(scripts) <= 1, word
 
 
 @needs_dumps
