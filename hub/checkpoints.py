@@ -327,7 +327,8 @@ def new_folder(folder: Path, source: Path):
     try:
         yield partial
         if folder.exists():
-            click.echo(f"note: {folder} was there, and is replaced")
+            if any(folder.iterdir()):
+                click.echo(f"note: {folder} was there, and is replaced")
             folder.rename(old)             # so that at no moment half a folder goes by this name
         partial.rename(folder)
         if old.exists():
