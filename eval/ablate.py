@@ -32,7 +32,7 @@ import torch
 
 from eval import report, run, statistics, tasks
 from options import ATLAS_RECIPE, DISTILLATION, TrainConfig
-from unibert import write_atomically
+from files import write_atomically
 
 # Name -> (title, train.py options over those of the whole recipe).
 RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | dict.fromkeys(DISTILLATION, 0.0)),

@@ -13,7 +13,7 @@ import numpy as np
 from eval import report
 from eval.run import SCORES
 from wiki.languages import LANGUAGES
-from unibert import write_atomically
+from files import write_atomically
 
 COLOURS = ("#3366cc", "#dc3912", "#109618", "#ff9900", "#990099", "#0099c6", "#b82e2e", "#66aa00", "#8b6914", "#316395",
            "#dd4477", "#22aa99")

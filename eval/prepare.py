@@ -39,7 +39,7 @@ from pathlib import Path
 
 from eval import download, tasks
 from eval.run import MODULES
-from unibert import write_atomically
+from files import write_atomically
 from wiki.download import read_manifest
 
 # Data set, pattern of a path below SRC (which begins with SRC's own name); groups: language, split, name to keep.

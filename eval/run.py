@@ -28,7 +28,8 @@ import torch
 
 from hub.vocabulary import load_vocabulary
 from eval import finetune, metrics, neutrality, retrieval, sts, tasks
-from unibert import load_model, write_atomically
+from files import write_atomically
+from unibert import load_model
 
 FORMAT = "unibert-eval/1"
 RATES = (5e-5, 1e-4, 2e-4)                                 # swept on the dev set of the source language

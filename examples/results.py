@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import ablate, report, run  # noqa: E402
 from inference import embed, load  # noqa: E402
-from unibert import write_atomically  # noqa: E402
+from files import write_atomically  # noqa: E402
 
 NAMES = ("mlm", "adversary", "distillation", "all")
 
