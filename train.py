@@ -157,7 +157,7 @@ class Run:
         """How often each piece occurs in the batches' mixture of languages (plus one) [V] float64, sum 1."""
         shares = np.zeros(self.corpus.vocab_size)
         for language, p in zip(self.corpus.languages, self.probabilities):
-            tokens = self.corpus.tokens(language)[:10_000_000]
+            tokens = self.corpus.tokens(language)[:1_000_000]
             if p and len(tokens):
                 shares += p * np.bincount(tokens, minlength=len(shares)) / len(tokens)
         shares += 1 / max(1, self.corpus.tokens_per_language.sum())
