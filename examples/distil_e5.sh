@@ -3,7 +3,7 @@
 #
 #   bash examples/distil_e5.sh [--cpu] [--minutes M] [--out DIR] [--teacher DIR] [--text DIR] [--eval DIR]
 #
-# Four students start from the same weights (layers 0, 5 and 11 of the teacher) and read the same batches: MLM alone, with
+# Four students start from the same weights (layers 0, 1 and 11 of the teacher) and read the same batches: MLM alone, with
 # the adversary, with distillation, with both. Stages that are finished are not repeated: the same command goes on after a
 # stop. --minutes bounds the whole; two fifths of it are pretraining. Every figure ends in OUT/reports and OUT/RESULTS.md.
 #   --teacher   a hub folder of e5, or one that `unibert.py import` wrote; default: made from shared/ by its make_teacher.py
@@ -50,7 +50,7 @@ fi
 
 # ---- four students
 
-recipe=(--data "$out/data" --teacher "$out/teacher" --teacher-prefix "query: " --init-from-teacher 0,5,11 --device "$device"
+recipe=(--data "$out/data" --teacher "$out/teacher" --teacher-prefix "query: " --init-from-teacher 0,1,11 --device "$device"
         --max-length 64 --tokens-per-batch 4096 --alpha 0.5 --optimizer adamw --lr 1e-3 --decay 0.4 --eval-tokens 256
         --eval-every 1000000 --log-every 10 --save-every 200 --keep 1)
 adversary=(--adv-weight 0.05 --adv-level token)
