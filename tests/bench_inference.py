@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BOS, EOS, PAD, encode_text  # noqa: E402
 from hub.export import their_config, their_tensors  # noqa: E402
 from inference import embed_ids, load  # noqa: E402
-from unibert import UniBERT, UniBERTConfig, write_safetensors  # noqa: E402
+from files import write_safetensors  # noqa: E402
+from unibert import UniBERT, UniBERTConfig  # noqa: E402
 
 
 def padded(peer, sequences, batch_size, in_order):

@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from hub import checkpoints, export
 from data import clean, encode_text, load_tokenizer, pack_sequences, prepare, train_tokenizer
 from inference import embed, load
-from unibert import UniBERT, UniBERTConfig, load_model, save_model, write_safetensors
+from files import write_safetensors
+from unibert import UniBERT, UniBERTConfig, load_model, save_model
 from hub.vocabulary import (CONTROL, OURS, UNKNOWN, WORDPIECE_SPECIALS, SentencePieceModel, WordPiece, choose_pieces,
                         from_fairseq, is_ours, keep_pieces, load_vocabulary, read_fields, read_wordpiece)
 
@@ -344,7 +345,7 @@ def changed(**changes):
 
 def tensor(name, value):
     def change(folder):
-        from unibert import read_safetensors
+        from files import read_safetensors
         tensors = read_safetensors(folder / "model.safetensors")
         if value is None:
             del tensors[name]
