@@ -198,23 +198,31 @@ class Net(nn.Module):
         return self.head(F.dropout(read, DROPOUT, self.training and isinstance(self.head, nn.Linear))).float()
 
 
-def compact(model, item_lists):
-    """Copy of the encoder with only the embedding rows that the items use; the items' ids are renumbered in place.
+def compact(model, learnt, scored=()):
+    """(encoder, rest): a copy with only the embedding rows that the items of the lists `learnt` use, and the rows [R, H]
+    that only those of `scored` use, for `extend`. The items' ids are renumbered in place.
 
     Exact: a row that no sequence uses has no gradient. It makes a step with a large vocabulary several times
     cheaper. The copy has dropout for training and no MLM head.
     """
-    used = np.unique(np.concatenate([item.ids for items in item_lists for item in items]))
+    used = np.unique(np.concatenate([item.ids for items in learnt for item in items]))
+    rest = np.setdiff1d(np.concatenate([item.ids for items in scored for item in items] or [used]), used)
     renumber = np.full(model.config.vocab_size, -1, dtype=np.int64)
-    renumber[used] = np.arange(len(used))
-    for items in item_lists:
+    renumber[np.concatenate([used, rest])] = np.arange(len(used) + len(rest))
+    for items in (*learnt, *scored):
         for item in items:
             item.ids = renumber[item.ids]
     small = UniBERT(dataclasses.replace(model.config, vocab_size=len(used), mlm_head=False, dropout=DROPOUT))
     weights = {k: v for k, v in model.state_dict().items() if k in small.state_dict()}
-    weights["embedding.weight"] = model.embedding.weight.detach()[torch.from_numpy(used).to(model.embedding.weight.device)]
+    table = model.embedding.weight.detach()
+    weights["embedding.weight"], rest = (table[torch.from_numpy(ids).to(table.device)] for ids in (used, rest))
     small.load_state_dict(weights)
-    return small.to(model.embedding.weight.device).eval()
+    return small.to(table.device).eval(), rest
+
+
+def extend(net, rest):
+    """Give a trained net the rows that `compact` left out, so that it reads what is to be scored."""
+    net.encoder.embedding.weight = nn.Parameter(torch.cat([net.encoder.embedding.weight.detach(), rest]))
 
 
 @torch.no_grad()

@@ -381,7 +381,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     dev_examples = training.dev[:DEV]
     train, dev = task.items(training.train, learn=True), task.items(dev_examples)
     scored = [(*target, task.items(target[3])) for target in training.targets]
-    encoder = finetune.compact(model, [train, dev, *(items for *_, items in scored)])
+    encoder, rest = finetune.compact(model, [train, dev], [items for *_, items in scored])
     train, dev = (training.train, train), (dev_examples, dev)
     steps = max(1, task.epochs * len(training.train) // finetune.BATCH)
     plan = wanted = finetune.Plan(steps, rates, seeds)
@@ -416,6 +416,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     for run, sweep in finetune.runs(encoder, task, train, dev, plan, dtype=dtype, first_seed=first_seed,
                                     deadline=float("inf") if to_the_end else deadline, pool=pool, workers=workers):
         done.append(run)
+        finetune.extend(run.net, rest)
         say(f"  seed {run.seed}: lr {run.lr:g}, {run.steps} steps in {run.seconds:.0f} s, dev {run.dev:.3f}")
         for table, (data, language, split, examples, items) in zip(tables, scored):
             as_scored, note = task.target(data, language, examples)

@@ -2,6 +2,7 @@
 
 The model is tiny and its weights random; the data are the atlas.
 """
+import dataclasses
 import json
 import random
 import unicodedata
@@ -73,7 +74,7 @@ def test_the_loop_fits_a_small_training_set(folder, model, tokenizer, task, modu
     train = examples(folder, module, task, count=count)
     task = head(tokenizer, 128, train)
     items = task.items(train, learn=True)
-    encoder = finetune.compact(model, [items])
+    encoder, _ = finetune.compact(model, [items])
     before = finetune.evaluate(finetune.Net(encoder, task.outputs), task, train, items)[0]
     run_ = finetune.fit(encoder, task, (train, items), None, 3e-3, seed=0, steps=steps)
     after = finetune.evaluate(run_.net, task, train, items)[0]
@@ -90,7 +91,7 @@ def test_shuffled_labels_give_chance(folder, model, tokenizer):
     test = examples(folder, nli, "nli", "test", 300)
     task = nli.Classification(tokenizer, 128, train)
     items, test_items = task.items(train), task.items(test)
-    encoder = finetune.compact(model, [items, test_items])
+    encoder, _ = finetune.compact(model, [items, test_items])
     run_ = finetune.fit(encoder, task, (train, items), None, 1e-3, seed=0, steps=15)
     score = finetune.evaluate(run_.net, task, test, test_items)[0]
     largest = max(np.mean([p.label == label for p in test]) for label in task.labels)
@@ -101,7 +102,7 @@ def test_same_seed_same_scores_and_other_seed_other_weights(folder, model, token
     train = examples(folder, sts, "sts", count=40)
     task = sts.Similarity(tokenizer, 128)
     items = task.items(train)
-    encoder = finetune.compact(model, [items])
+    encoder, _ = finetune.compact(model, [items])
     nets = [finetune.fit(encoder, task, (train, items), (train, items), 1e-3, seed, 6).net for seed in (1, 1, 2)]
     a, b, c = (net.state_dict()["encoder.embedding.weight"] for net in nets)
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -112,7 +113,7 @@ def test_seeds_side_by_side_are_the_same_seeds(folder, tokenizer, model):
     train = examples(folder, nli, "nli", count=40)
     task = nli.Classification(tokenizer, 128, train)
     items = task.items(train)
-    encoder = finetune.compact(model, [items])
+    encoder, _ = finetune.compact(model, [items])
     plan = finetune.Plan(3, (1e-3, 2e-3), 3)
     arguments = (encoder, task, (train, items), (train, items), plan)
     alone = list(finetune.runs(*arguments))
@@ -149,7 +150,7 @@ def test_the_best_dev_state_is_kept(folder, model, tokenizer, monkeypatch, score
         states.append(net.head.weight.detach().clone())
         return next(left), None
     monkeypatch.setattr(finetune, "evaluate", evaluate)
-    found = finetune.fit(finetune.compact(model, [items]), task, (train, items), (train, items), 1e-3, 0, steps=16)
+    found = finetune.fit(finetune.compact(model, [items])[0], task, (train, items), (train, items), 1e-3, 0, steps=16)
     assert (len(states), found.stopped, found.steps, found.dev) == (looks, stopped, 2 * looks, scores[kept])
     assert torch.equal(found.net.head.weight, states[kept]) and not torch.equal(states[kept], states[kept - 1])
 
@@ -168,7 +169,7 @@ def test_micro_batches_do_not_change_the_step(folder, model, tokenizer):
     train = examples(folder, ner, "ner", count=32)
     task = ner.Tagging(tokenizer, 128, train)
     items = task.items(train, learn=True)
-    encoder = finetune.compact(model, [items])
+    encoder, _ = finetune.compact(model, [items])
     encoder.config.dropout = 0.0
     for block in encoder.blocks:
         block.dropout = 0.0
@@ -191,7 +192,7 @@ def test_results_do_not_depend_on_the_batch_size(folder, model, tokenizer, dtype
     dev = examples(folder, qa, "qa", "dev", 40)
     task = qa.Spans(tokenizer, 64)
     items = task.items(dev)
-    encoder = finetune.compact(model, [items])
+    encoder, _ = finetune.compact(model, [items])
     torch.manual_seed(0)
     net = finetune.Net(encoder, 2).eval()
     results = [finetune.predict(net, items, tokens, dtype) for tokens in (1, 300, 100000)]
@@ -207,9 +208,22 @@ def test_compact_is_exact(folder, model, tokenizer):
     sentences = [p.sentence1 for p in examples(folder, sts, "sts", count=20)]
     items = [finetune.Item(finetune.sequence(encode_text(tokenizer, s), 128), i) for i, s in enumerate(sentences)]
     before = finetune.predict(finetune.Net(model, 0), items)
-    small = finetune.compact(model, [items])
+    small, _ = finetune.compact(model, [items])
     assert small.config.vocab_size < model.config.vocab_size
     np.testing.assert_array_equal(before, finetune.predict(finetune.Net(small, 0), items))
+
+
+def test_rows_that_are_only_scored_come_back_after_training(folder, model, tokenizer):
+    """What is trained holds the rows of train alone; extended, it reads the test sentences as the whole model does."""
+    sentences = [p.sentence1 for p in examples(folder, sts, "sts", count=20)]
+    items = [finetune.Item(finetune.sequence(encode_text(tokenizer, s), 128), i) for i, s in enumerate(sentences)]
+    before = finetune.predict(finetune.Net(model, 0), items)
+    everything, _ = finetune.compact(model, [[dataclasses.replace(item) for item in items]])
+    small, rest = finetune.compact(model, [items[:5]], [items[5:]])
+    assert len(rest) and small.config.vocab_size + len(rest) == everything.config.vocab_size
+    net = finetune.Net(small, 0)
+    finetune.extend(net, rest)
+    np.testing.assert_array_equal(before, finetune.predict(net, items))
 
 
 def test_cut_takes_from_the_longer_sentence():
