@@ -67,7 +67,7 @@ def keep_freed_memory() -> None:
         return  # not glibc
     m_mmap_max, m_trim_threshold = -4, -1
     mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2 ** 31 - 1)
+    mallopt(m_trim_threshold, -1)  # never
 
 
 def end_of_rank(error: Exception) -> None:

@@ -106,6 +106,9 @@ def main():
 def run_command(model, data, names, out, like, **options):
     """Fine-tune and score a model on every language of every task."""
     from eval import report, run
+    from launch import keep_freed_memory
+    if options["device"] == "cpu":
+        keep_freed_memory()
     names = names or (tasks.present(data) + ["neutrality"] * ("retrieval" in tasks.present(data)))
     run.run(model, data, names, out, like=like and report.load(like), say=click.echo, **options)
     click.echo(f"written: {out}")
