@@ -26,8 +26,8 @@ How to read a table. A row is one implementation of one task, forward and backwa
   ours is    how many times as fast as this row ours is; in our own row, as the fastest peer.
 
 On a CPU all rows run with glibc told to keep freed memory (launch.keep_freed_memory), as train.py does: without it
-every one of them pays page faults for its large tensors. A peer's bf16 step is also timed before that, as a script of
-its own would run it; the ratio to that is printed below the table.
+every one of them pays page faults for its large tensors. The bf16 steps are also timed before that, as a script of
+its own would run a peer; the ratios to that are printed below the table.
 On a GPU the L2 cache is overwritten before every run and CUDA events give the time; on a CPU nothing is flushed.
 Peers that are not installed or need a GPU are named once and left out; a peer that fails is named with its message.
 """
@@ -218,7 +218,7 @@ def print_table(problem: Problem, rows: list[Row], clock: Clock, report: Report)
                f"{moved:8.{0 if moved >= 10 else 2}f} | {row.memory / 2 ** 20:9.0f} | {error:>15} | {ratio:6.2f}x |")
 
 
-def compare_steps(tables: list[tuple[Problem, list[Row]]], untouched: dict, report: Report) -> None:
+def compare_steps(tables: list[tuple[Problem, list[Row]]], untouched: list, report: Report) -> None:
     """Every dtype of ours against every dtype of the peer: tokens/s and peak memory. untouched: see time_untouched."""
     rows = [(NAMES[problem.dtype], row) for problem, rows in tables for row in rows if row.times]
     for ours_dtype, ours in rows:
@@ -227,17 +227,19 @@ def compare_steps(tables: list[tuple[Problem, list[Row]]], untouched: dict, repo
                 report(f"- {ours.candidate.name} {ours_dtype} against {row.candidate.name} {dtype}: "
                        f"{row.ms / ours.ms:.1f}x the tokens/s, {ours.memory / row.memory:.2f} of the peak memory")
         if ours.candidate.ours:
-            for (dtype, name), ms in untouched.items():
-                report(f"- {ours.candidate.name} {ours_dtype} against {name} {NAMES[dtype]}, with glibc as it comes "
-                       f"({ms:.0f} ms): {ms / ours.ms:.1f}x the tokens/s")
+            own = next((ms for c, ms in untouched if c is ours.candidate), None)
+            for c, ms in untouched:
+                if not c.ours:
+                    report(f"- {ours.candidate.name} {ours_dtype} against {c.name} bf16, with glibc as it comes ({ms:.0f} ms): "
+                           f"{ms / ours.ms:.1f}x the tokens/s" + (f"; both so ({own:.0f} ms): {ms / own:.1f}x" if own else ""))
     report()
 
 
-def time_untouched(problems: list[Problem], clock: Clock) -> dict:
-    """{(dtype, name): ms} of each peer's bf16 step while glibc still returns freed memory; median of three after one
+def time_untouched(problems: list[Problem], clock: Clock) -> list[tuple[Candidate, float]]:
+    """Each bf16 step, ours and theirs, with its ms while glibc still returns freed memory: median of three after one
     warm-up. (In fp32, where the products take most of the time, it made no difference: 5.1 s against 5.2 to 5.5.)"""
-    return {(p.dtype, c.name): float(np.median([clock(c.run) for _ in range(4)][1:]))
-            for p in problems for c in p.candidates if not c.ours and p.dtype == torch.bfloat16}
+    return [(c, float(np.median([clock(c.run) for _ in range(4)][1:])))
+            for p in problems for c in p.candidates if p.dtype == torch.bfloat16]
 
 
 def dearest_operators(candidate: Candidate, dtype: str, device: torch.device, report: Report, count=10) -> None:
@@ -277,7 +279,7 @@ def header(device: torch.device) -> str:
 def run_all(parts: list[str], quick: bool, device: torch.device, report: Report) -> None:
     """The shapes: small for --quick, those of the goals in the design otherwise."""
     clock, gpu = Clock(device), device.type == "cuda"
-    problems, untouched = None, {}
+    problems, untouched = None, []
     if "step" in parts:
         sizes = [(4, 256, 8, draw_lengths(32, 16, 128))]
         if gpu:
