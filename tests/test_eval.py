@@ -451,9 +451,10 @@ def test_plan_cuts_in_the_order_it_says():
     assert cut(8000) == finetune.Plan(400, wanted.rates, 3, batch=finetune.SMALL)
     assert cut(1600) == finetune.Plan(int(((0.85 * 1600 - 60) / 5 - 16)), wanted.rates, 3, batch=finetune.SMALL)
     assert cut(10).share == pytest.approx(finetune.TESTING * 8.5 / 60)
-    # One rate, the last, and all seeds as long as a sixth of the steps is left; then fewer seeds.
+    # One rate, and all seeds as long as a sixth of the steps is left; then fewer seeds.
     some, few = cut(800), cut(300)
-    assert some.rates == few.rates == (1e-3,) and (some.seeds, few.seeds) == (3, 2)
+    assert some.rates == (1e-4,) and few.rates == (1e-3,) and (some.seeds, few.seeds) == (3, 2)   # fewer steps, higher rate
+    assert some.steps * 1e-3 > finetune.REACH >= max(some.steps * 1e-4, few.steps * 1e-3)
     assert min(some.steps, few.steps) >= 400 / 6
     # Two at a time: with one rate the second seed costs no time.
     one, two = (finetune.plan(finetune.Plan(400, (1e-4,), seeds), 300, step, 2.0, 0.1, 2) for seeds in (1, 2))
