@@ -395,7 +395,7 @@ def plan(wanted, seconds, step, look, test, workers=1):
 
     Measured: e5-small on 2,700 English sentences for NER, 150 s of one core. 170 steps of 32 end at a dev F1 of 0.2 to
     0.3, 600 steps of 8 at 0.82: Adam moves a weight by at most the learning rate a step, whatever the batch. Too far is no
-    better: at 2e-4 its STS went from 0.87 (460 steps of 8) to 0.82 (700, with seeds from 0.78 to 0.84).
+    better: its STS, three seeds: dev 0.85 to 0.88 after 704 steps of 8 at 2e-4, 0.89 after 657 at 1e-4.
     """
     if seconds == float("inf"):
         return wanted
