@@ -81,7 +81,7 @@ def torch_forward(x, weight, bias, target, teacher_x, teacher_weight, teacher_bi
 def _kl_from_chunks(chunk_lse, gap, temperature):
     """chunk_lse [chunks, 3, n], gap [chunks, n] (each chunk's mean of teacher - student) -> lse [3, n], T^2 KL [n]."""
     lse = torch.logsumexp(chunk_lse, 0)
-    gap = (gap * (chunk_lse[:, 2] - lse[2]).exp_()).sum(0)
+    gap = (gap * chunk_lse[:, 2].softmax(0)).sum(0)     # not exp(chunk - lse): weights have to sum to 1 to the last bit
     return lse, temperature ** 2 * (gap / temperature + lse[1] - lse[2])
 
 
@@ -201,7 +201,7 @@ def triton_forward(x, weight, bias, target, teacher_x, teacher_weight, teacher_b
             target, part, target_logit, rows, end - start, start, ignore_index, 1 / temperature,
             D=width, TD=teacher_x.shape[1], HAS_BIAS=bias is not None, HAS_TB=teacher_bias is not None, **launch)
         chunk_lse[i] = torch.logsumexp(part[:3], 1)
-        gap[i] = (part[3] * (part[2] - chunk_lse[i, 2]).exp_()).sum(0)
+        gap[i] = (part[3] * part[2].softmax(0)).sum(0)
     stats, kl = _kl_from_chunks(chunk_lse, gap, temperature)
     stats = torch.where(live, stats, 0.0)
     return torch.where(live, stats[0] - target_logit, 0.0), torch.where(live, kl, 0.0), stats

@@ -401,7 +401,15 @@ def test_one_bad_file_does_not_stop_the_others(server, tmp_path, monkeypatch):
     assert len(dl.read_manifest(tmp_path / "x")) == 3
 
 
-def test_interrupted(server, client, tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """A shell starts what runs in its background with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted(server, client, tmp_path, ctrl_c):
     """Ctrl-C stops within a file, not at its end, and the next call goes on from there."""
     file = one_file(server)
     server.faults["/d/a.bin"] = [("interrupt",)]
