@@ -58,23 +58,30 @@ class Objective(nn.Module):
             teacher_states: list[Tensor] = []
             # Only its predictions at masked positions need a teacher that sees the masks; else it reads the whole text.
             text = batch.tokens if config.kd_weight else self.unmasked(batch)
+            reading = (text, *packed[1:])
+            if self.reread is not None:
+                reading = self.reread(text, batch.cu_seqlens, teacher.config.max_length)
+                same, same_there = self.reread.same_tokens(text, batch.cu_seqlens, *reading[:2])
             with torch.no_grad():
-                teacher_hidden = teacher.encode(text, *packed[1:], states=teacher_states)
+                teacher_hidden = teacher.encode(*reading, states=teacher_states)
         if teacher is not None and config.kd_weight:
             mlm, kl = model.distillation_loss(rows, batch.targets, teacher, teacher_hidden[batch.masked], config.kd_temperature)
             sums["mlm"], sums["kd"] = mlm.sum(), kl.sum()
         elif config.mlm_weight:
             sums["mlm"] = model.mlm_loss(rows, batch.targets).sum()
         if teacher is not None and config.kd_hidden_weight:
-            apart = hidden_distillation(self.projection(hidden), teacher_hidden)
-            sums["hidden"] = (apart * (languages != IGNORE)).sum()
+            if self.reread is None:
+                apart = hidden_distillation(self.projection(hidden), teacher_hidden) * (languages != IGNORE)
+            else:
+                apart = hidden_distillation(self.projection(hidden[same]), teacher_hidden[same_there])
+            sums["hidden"] = apart.sum()
         if teacher is not None and config.kd_relation_weight:
             apart = relation_distillation(model.blocks[-1].heads(states[-2]), teacher.blocks[-1].heads(teacher_states[-2]),
                                           batch.cu_seqlens, batch.max_seqlen, teacher.config.num_heads)
             sums["relation"] = (apart * (languages != IGNORE)).sum()
         if teacher is not None and (config.kd_sentence_weight or config.kd_similarity_weight):
             ours, real = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), batch.languages != IGNORE
-            theirs = mean_pool(teacher_hidden, batch.cu_seqlens) if token_terms else self.teacher_vectors(batch)
+            theirs = mean_pool(teacher_hidden, reading[1]) if token_terms else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
                 n = batch.tokens.shape[0] // max(1024, config.max_length)

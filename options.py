@@ -55,6 +55,7 @@ class TrainConfig:
     mask_rate: float = option(0.15, "Share of tokens to predict.")
     whole_word: bool = option(False, "Mask whole words.")
     dropout: float = option(0.0, "Dropout on embeddings and residual branches.")
+    init: str = option("", "Start from this model folder (imported, pruned, of another run); --preset is not used.")
     init_from_teacher: str = option("", "Start from these layers of the teacher, as in 2,5,8,11 (from 0); --preset is not used.")
     teacher_preset: str = option("base", "Size of the teacher of --teacher-steps.", ("tiny", "xsmall", "small", "base"))
     teacher_steps: int = option(0, "Without --teacher: first train one for so many steps, by MLM alone.")
@@ -110,6 +111,8 @@ class TrainConfig:
                              "--kd-similarity-weight, and without --compile")
         if not all(part.strip().isdigit() for part in self.init_from_teacher.split(",") if self.init_from_teacher):
             raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
+        if self.init and self.init_from_teacher:
+            raise ValueError("--init and --init-from-teacher are two ways to start; give one")
 
 
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",

@@ -15,11 +15,11 @@ LINK = {"H200": 450e9, "H100": 450e9, "B200": 900e9, "A100": 300e9, "L40S": 32e9
 
 def parameters(c: UniBERTConfig) -> tuple[int, int]:
     """(embedding and decoder bias, all the rest), as UniBERT has them."""
-    h, i = c.hidden_size, c.intermediate_size
+    h, i, a = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim
     if c.block == "modern":  # matrices, two norms a layer but the first's; embedding, final and head norm; head matrix
-        rest = c.num_layers * (4 * h * h + 3 * h * i + 2 * h) - h + 3 * h + h * h
+        rest = c.num_layers * (4 * h * a + 3 * h * i + 2 * h) - h + 3 * h + h * h
     else:  # biases and norms of two vectors; positions
-        rest = c.num_layers * (4 * h * h + 2 * h * i + 4 * h + h + i + 4 * h) + 4 * h + h * h + h + c.max_length * h
+        rest = c.num_layers * (4 * h * a + 2 * h * i + 3 * a + h + h + i + 4 * h) + 4 * h + h * h + h + c.max_length * h
     return c.vocab_size * (h + 1), rest
 
 
@@ -32,7 +32,8 @@ def flops_per_token(model: UniBERTConfig, mask_rate: float, mean_length: float, 
     """
     def encoder(c: UniBERTConfig) -> float:
         mlp = (3 if c.block == "modern" else 2) * c.hidden_size * c.intermediate_size
-        return c.num_layers * (2 * (4 * c.hidden_size ** 2 + mlp) + 4 * mean_length * c.hidden_size)
+        inner = c.num_heads * c.head_dim
+        return c.num_layers * (2 * (4 * c.hidden_size * inner + mlp) + 4 * mean_length * inner)
 
     def head(c: UniBERTConfig) -> float:
         return mask_rate * 2 * c.hidden_size * (c.vocab_size + c.hidden_size)

@@ -38,7 +38,7 @@ from data import (BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, 
 from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
 from hub.checkpoints import student_from_layers, trim_model
-from hub.reread import Reread, load_teacher
+from hub.reread import Reread, load_start, load_teacher
 from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
 from options import ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, TrainConfig, claimed, settle
@@ -137,16 +137,20 @@ class Run:
         self.top = out.parent if out.name == "teacher" else out  # what --out was
 
     def fresh_model(self, teacher: UniBERT | None, reread: Reread | None) -> UniBERT:
-        """The model before its first step: layers of the teacher, or --preset drawn at random."""
+        """The model before its first step: that of --init, layers of the teacher, or --preset drawn at random."""
         config, corpus = self.config, self.corpus
-        if config.init_from_teacher:
+        start = teacher if config.init_from_teacher else None
+        if config.init:
+            start = load_start(config.init, corpus, config.max_length)
+            model = student_from_layers(start, list(range(start.config.num_layers)), config.dropout)
+        elif config.init_from_teacher:
             model = student_from_layers(teacher if reread is None else trim_model(teacher, reread.rows()),
                                         [int(n) for n in config.init_from_teacher.split(",")], config.dropout)
         else:
             model = UniBERT(UniBERTConfig.preset(config.preset, block=config.block, vocab_size=corpus.vocab_size,
                                                  n_languages=len(corpus.languages), max_length=config.max_length,
                                                  dropout=config.dropout))
-        if not config.init_from_teacher or not teacher.config.mlm_head:
+        if start is None or not start.config.mlm_head:
             # Start from the language-blind unigram model instead of learning it in the first steps.
             model.decoder_bias.data.copy_(torch.from_numpy(self.token_shares()).log())
         return model
@@ -365,7 +369,8 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     if world.rank == 0:
         write_atomically(out / "config.json", [json.dumps(dataclasses.asdict(config), indent=1).encode()])
     encoder = sum(p.numel() for p in run.model.parameters()) - run.model.embedding.weight.numel()
-    world.say(f"{title}: {config.preset}, {encoder / 1e6:.2f} M parameters + {run.model.embedding.weight.numel() / 1e6:.2f} M "
+    origin = config.init or (f"layers {config.init_from_teacher} of the teacher" if config.init_from_teacher else config.preset)
+    world.say(f"{title}: {origin}, {encoder / 1e6:.2f} M parameters + {run.model.embedding.weight.numel() / 1e6:.2f} M "
               f"embeddings, {len(corpus.languages)} languages, {config.steps} steps of {run.rows * run.batch_config.row_tokens:,} "
               f"tokens, {config.dtype} on {world.size} x {config.device}")
     before = evaluate(run) if run.objective.predictions_of_teacher and run.step == 0 else None
@@ -434,7 +439,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
-                                    adv_weight=0.0, init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
+                                    adv_weight=0.0, init="", init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")

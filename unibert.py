@@ -57,6 +57,7 @@ class UniBERTConfig:
     global_every: int = 1             # as in ModernBERT, layers between every n-th turn by local_rope_theta instead;
     local_rope_theta: float = 10000.0  # the window that they have there is max_length here, so it never cuts
     mlm_head: bool = True             # False: an imported encoder without one
+    head_size: int = 0                # 0: hidden_size / num_heads; else what pruned heads kept
 
     def __post_init__(self):
         if self.block not in ("modern", "post"):
@@ -66,12 +67,14 @@ class UniBERTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2:
+        if not isinstance(self.head_size, int) or self.head_size < 0 or self.head_size % 2:
+            raise ValueError(f"head_size is {self.head_size!r}; it must be an even number, or 0 for hidden_size / num_heads")
+        if not self.head_size and (self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2):
             raise ValueError(f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times an even number")
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
     @classmethod
     def preset(cls, name: str, **changes) -> UniBERTConfig:
@@ -136,8 +139,9 @@ class Block(nn.Module):
     def __init__(self, config: UniBERTConfig, bias: bool):
         super().__init__()
         self.num_heads, self.dropout = config.num_heads, config.dropout
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        inner = config.num_heads * config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * inner, bias=bias)
+        self.out = nn.Linear(inner, config.hidden_size, bias=bias)
         self.attention_norm = norm(config, bias)
         self.mlp_norm = norm(config, bias)
 
@@ -145,13 +149,16 @@ class Block(nn.Module):
         """x [T, H] -> queries, keys and values before any rotation [T, 3, heads, head_dim]."""
         return self.qkv(x).view(x.shape[0], 3, self.num_heads, -1)
 
-    def attend(self, x: Tensor, layout: Layout) -> Tensor:
+    def mixed(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [T, H] -> what each head has gathered, side by side [T, heads * head_dim]."""
         qkv = self.heads(x)
         qk, v = qkv[:, :2], qkv[:, 2]
         if layout.cos is not None:
             qk = rotate(qk, layout.cos, layout.sin)
-        mixed = layout.mix(qk[:, 0], qk[:, 1], v)
-        return F.dropout(self.out(mixed.reshape(x.shape)), self.dropout, self.training)
+        return layout.mix(qk[:, 0], qk[:, 1], v).flatten(1)
+
+    def attend(self, x: Tensor, layout: Layout) -> Tensor:
+        return F.dropout(self.out(self.mixed(x, layout)), self.dropout, self.training)
 
 
 class PostBlock(Block):
@@ -162,9 +169,13 @@ class PostBlock(Block):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    def widened(self, x: Tensor) -> Tensor:
+        """x [T, H] -> the MLP's neurons [T, intermediate_size]."""
+        return F.gelu(self.up(x))
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         x = self.attention_norm(x + self.attend(x, layout))
-        return self.mlp_norm(x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        return self.mlp_norm(x + F.dropout(self.down(self.widened(x)), self.dropout, self.training))
 
 
 class ModernBlock(Block):
@@ -180,10 +191,13 @@ class ModernBlock(Block):
     def heads(self, x: Tensor) -> Tensor:
         return super().heads(self.attention_norm(x))
 
+    def widened(self, x: Tensor) -> Tensor:
+        value, gate = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return F.gelu(value) * gate
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         x = x + self.attend(x, layout)
-        value, gate = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + F.dropout(self.down(F.gelu(value) * gate), self.dropout, self.training)
+        return x + F.dropout(self.down(self.widened(x)), self.dropout, self.training)
 
 
 class UniBERT(nn.Module):
@@ -474,14 +488,14 @@ def refusals():
 
 def main():
     import inference  # these here, because they build on this file
-    from hub import checkpoints, export
+    from hub import checkpoints, export, prune
 
     @click.group(context_settings=dict(help_option_names=["-h", "--help"], show_default=True))
     def cli():
         """Use a trained UniBERT; bring in and take out others' checkpoints."""
 
     for command in (inference.fill_mask_command, inference.embed_command, inference.similarity_command,
-                    checkpoints.import_command, export.export_command, checkpoints.trim_command):
+                    checkpoints.import_command, export.export_command, checkpoints.trim_command, prune.prune_command):
         cli.add_command(command)
     cli()
 

@@ -401,24 +401,27 @@ def compare(model: UniBERT, source: Path | str, tokenizer=None, rows: list[int] 
 
 # ----------------------------------------------------------------------------------------------- trim the vocabulary
 
-def corpus_texts(folder: Path | str):
-    """Texts of a folder of <code>.txt files, or of the training split of one that `data.py prepare` wrote -> iterator.
-
-    A prepared folder holds ids; they are decoded with its own tokenizer.
-    """
+def texts_by_language(folder: Path | str) -> list:
+    """[(language, iterator of texts)] of a folder of <code>.txt files, or of the training split of one that `data.py
+    prepare` wrote. That one holds ids; they are decoded with its own tokenizer."""
     folder = Path(folder)
     if not (folder / "manifest.json").is_file():
-        for _, path in list_sources(folder):
-            for text, _ in read_documents(path):
-                yield text
-        return
+        return [(language, (text for text, _ in read_documents(path))) for language, path in list_sources(folder)]
     corpus = Corpus(folder)
     tokenizer = load_tokenizer(corpus.tokenizer_path)
-    for language in corpus.languages:
+
+    def texts(language):
         tokens = corpus.tokens(language)
         offsets = np.fromfile(folder / f"{language}.train.offsets", "<i8")
         for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
             yield tokenizer.decode(tokens[start:stop].tolist())
+    return [(language, texts(language)) for language in corpus.languages]
+
+
+def corpus_texts(folder: Path | str):
+    """All texts of such a folder, one language after another -> iterator."""
+    for _, texts in texts_by_language(folder):
+        yield from texts
 
 
 def count_pieces(tokenizer, texts, size: int) -> np.ndarray:
@@ -451,7 +454,7 @@ def student_from_layers(teacher: UniBERT, layers: list[int], dropout: float = 0.
     if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= config.num_layers:
         raise ValueError(f"layers {','.join(map(str, layers))}: must be ascending numbers from 0 to "
                          f"{config.num_layers - 1}, the teacher's layers")
-    if config.global_every > 1:
+    if config.global_every > 1 and len(layers) < config.num_layers:
         raise ValueError("the teacher mixes local and global layers; a student from some of them is not supported")
     student = UniBERT(dataclasses.replace(config, num_layers=len(layers), mlm_head=True, dropout=dropout))
     numbers = {old: new for new, old in enumerate(layers)}

@@ -47,7 +47,7 @@ def their_config(model: UniBERT, kind: str) -> dict:
     config = dict(
         architectures=[CLASSES[kind] + ("ForMaskedLM" if c.mlm_head else "Model")], model_type=kind,
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads, intermediate_size=c.intermediate_size, max_position_embeddings=c.max_length,
+        num_attention_heads=c.hidden_size // c.head_dim, intermediate_size=c.intermediate_size, max_position_embeddings=c.max_length,
         bos_token_id=BOS, pad_token_id=PAD, eos_token_id=EOS, tie_word_embeddings=True, torch_dtype="float32")
     if kind == "modernbert":
         return config | dict(
@@ -63,11 +63,21 @@ def their_config(model: UniBERT, kind: str) -> dict:
     return config
 
 
+def all_heads(name: str, tensor: Tensor, hidden: int) -> Tensor:
+    """Heads that were pruned come back as zeros: transformers wants hidden_size / heads numbers in each, and with zero
+    values and outputs they add nothing."""
+    if name.endswith(("qkv.weight", "qkv.bias")):
+        parts = tensor.unflatten(0, (3, -1))
+        return torch.cat([parts, parts.new_zeros(3, hidden - parts.shape[1], *parts.shape[2:])], 1).flatten(0, 1)
+    return F.pad(tensor, (0, hidden - tensor.shape[1])) if name.endswith("out.weight") else tensor
+
+
 def their_tensors(model: UniBERT, kind: str) -> dict[str, Tensor]:
     """Our weights under the names, and in the parts, that transformers gives them."""
     family, tensors = FAMILIES[kind], {}
     prefix = family["prefix"] if model.config.mlm_head else ""
     for name, tensor in model.state_dict().items():
+        tensor = all_heads(name, tensor, model.config.hidden_size)
         if name == "position_embedding.weight" and family is ROBERTA:
             tensor = F.pad(tensor, (0, 0, PAD + 1, 0))
         names = their_names(family, name)

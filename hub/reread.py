@@ -3,8 +3,9 @@
 The pieces of a trimmed vocabulary are all pieces of the teacher's, but where a piece was dropped, a word is cut into
 others. Trimming multilingual-e5-small from 250,002 to 83,000 pieces cost it a sixth of its own retrieval accuracy
 (RESULTS.md), and a student of the trimmed teacher could not have been better. So the teacher stays whole, reads the same
-text in its own pieces, and is compared by sentence vectors, which need no common tokens. Such vectors do not change from
-epoch to epoch, so they can be kept (`Remembered`): most of a small student's step is its teacher's.
+text in its own pieces, and is compared by sentence vectors, which need no common tokens, and by the states of those tokens
+that both cut alike (`same_tokens`). Sentence vectors do not change from epoch to epoch, so they can be kept (`Remembered`): most
+of a small student's step is its teacher's.
 """
 from __future__ import annotations
 
@@ -56,11 +57,23 @@ class Remembered:
         return torch.from_numpy(rows).to(tokens.device).float()
 
 
+def characters(tokenizer, i: int) -> int:
+    """How many characters of a text piece i stands for: none for <s>, </s>, <pad>, one for <unk> and the first of a
+    character's bytes."""
+    piece = tokenizer.id_to_piece(i)
+    if i > UNK and tokenizer.is_byte(i):
+        return int(not 0x80 <= int(piece[3:5], 16) < 0xC0)
+    return len(piece) if i > UNK else int(i == UNK)
+
+
 class Reread:
     """Batches in `ours`, a SentencePiece tokenizer, as packed sequences in `theirs`, each text after `prefix`."""
 
     def __init__(self, ours, theirs, prefix: str = ""):
         self.ours, self.theirs, self.prefix = ours, theirs, prefix
+        self.sizes = [np.array([characters(t, i) for i in range(len(t))]) for t in (ours, theirs)]
+        self.whole = [np.array([i > UNK and not t.is_byte(i) for i in range(len(t))]) for t in (ours, theirs)]
+        self.before = int(self.sizes[1][encode_text(theirs, prefix)].sum()) if prefix else 0
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor, int]:
         """tokens [T], cu_seqlens [S + 1] -> the teacher's (tokens, cu_seqlens [S + 1], longest), on the same device.
@@ -73,6 +86,27 @@ class Reread:
         packed, ends, longest = pack_sequences(cut)
         return packed.to(tokens.device), ends.to(tokens.device), longest
 
+    def same_tokens(self, tokens: Tensor, cu_seqlens: Tensor, their_tokens: Tensor, their_cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where both cut the same piece out of the same place of a text -> positions [K] in tokens, [K] in their_tokens.
+
+        A window that begins inside a word is read with a space before it; texts that were cut short have no positions.
+        """
+        sides = []
+        for sizes, whole, ids, ends in zip(self.sizes, self.whole, (tokens, their_tokens), (cu_seqlens, their_cu_seqlens)):
+            ids, ends = ids[:int(ends[-1])].cpu().numpy(), ends.cpu().numpy().astype(np.int64)
+            stop = np.concatenate([[0], sizes[ids].cumsum()])
+            sequence = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+            sides.append((sequence, stop[:-1] - stop[ends[:-1]][sequence], sizes[ids] * whole[ids], np.diff(stop[ends])))
+        space = sides[1][3] - self.before - sides[0][3]                   # characters that theirs has and ours has not
+        keys = []
+        for (sequence, start, size, _), shift in zip(sides, (space, np.full_like(space, -self.before))):
+            start = start + shift[sequence]
+            at = np.flatnonzero((size > 0) & (start >= 0) & ((space == 0) | (space == 1))[sequence])
+            keys.append(((sequence << 28 | start << 8 | np.minimum(size, 255))[at], at))
+        (ours, here), (theirs, there) = keys
+        _, i, j = np.intersect1d(ours, theirs, assume_unique=True, return_indices=True)
+        return torch.from_numpy(here[i]).to(tokens.device), torch.from_numpy(there[j]).to(tokens.device)
+
     def rows(self) -> np.ndarray:
         """Ids in the teacher's vocabulary of each of our pieces [V] int64. ValueError where one is not in it."""
         theirs = {self.theirs.id_to_piece(i): i for i in range(len(self.theirs))}
@@ -83,6 +117,22 @@ class Reread:
                              "the teacher's, so its embeddings cannot be taken over; prepare the data with a vocabulary "
                              "trimmed from the teacher's (python unibert.py trim), or leave --init-from-teacher out")
         return np.array([theirs[piece] for piece in pieces], np.int64)
+
+
+def load_start(folder: str, corpus: Corpus, max_length: int) -> UniBERT:
+    """A model folder -> the model that training goes on from. UserError where its tokens are not those of the corpus."""
+    try:
+        model, _ = load(folder)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--init: {error}") from None
+    tokenizer = Path(folder) / "tokenizer.model"
+    if not tokenizer.is_file() or tokenizer.read_bytes() != corpus.tokenizer_path.read_bytes():
+        raise UserError(f"--init: the model in {folder} has another tokenizer than {corpus.folder}: its token ids mean other "
+                        f"pieces. Prepare the data with --tokenizer {tokenizer}")
+    if model.config.max_length < max_length:
+        raise UserError(f"--init: the model in {folder} reads at most {model.config.max_length} tokens; "
+                        f"use --max-length {model.config.max_length} or less")
+    return model
 
 
 def load_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[UniBERT, Reread | None]:
@@ -99,13 +149,13 @@ def load_teacher(folder: str, corpus: Corpus, config: TrainConfig) -> tuple[UniB
             reread = Reread(load_tokenizer(corpus.tokenizer_path), theirs, config.teacher_prefix)
     except (ValueError, OSError) as error:
         raise UserError(f"--teacher: {error}") from None
-    by_token = [f"--{name.replace('_', '-')}" for name in DISTILLATION[:3] if getattr(config, name)]
+    by_token = [f"--{name.replace('_', '-')}" for name in ("kd_weight", "kd_relation_weight") if getattr(config, name)]
     if reread is not None and by_token:
         why = "--teacher-prefix moves its tokens" if same else (
             f"it has another tokenizer than {corpus.folder}: its token ids mean other pieces. Prepare the data with "
             f"--tokenizer {tokenizer}")
         raise UserError(f"the teacher in {folder} cannot be compared token by token ({', '.join(by_token)}): {why}, or use "
-                        f"only --kd-sentence-weight and --kd-similarity-weight")
+                        f"only --kd-hidden-weight, --kd-sentence-weight and --kd-similarity-weight")
     if reread is not None and config.compile:
         raise UserError("--compile does not go with a teacher that has another tokenizer or a prefix")
     if not teacher.config.mlm_head and config.kd_weight:

@@ -19,8 +19,9 @@ from click.testing import CliRunner
 
 import atlas
 import train
-from data import MASK, Corpus, load_tokenizer, prepare
+from data import MASK, Corpus, load_tokenizer, pack_sequences, prepare
 from hub.reread import Remembered, Reread
+from hub.vocabulary import SentencePieceModel, keep_pieces
 from kernels.bench import Clock
 from objective import Objective, batch_counts
 from options import TrainConfig
@@ -252,6 +253,41 @@ def test_a_teacher_reads_the_text_anew(make_run, corpus):
     assert "teacher_loss" not in train.evaluate(run)
     run.objective.reread = None
     assert "teacher_loss" in train.evaluate(run)
+
+
+@pytest.mark.parametrize("prefix", ["", "en: "])
+def test_tokens_that_both_tokenizers_cut_alike(corpus, tmp_path, prefix):
+    """Against a walk through the pieces, character by character."""
+    whole = SentencePieceModel.read(corpus.tokenizer_path)
+    (tmp_path / "fewer.model").write_bytes(keep_pieces(whole, np.delete(np.arange(len(whole.pieces)), np.arange(300, 420, 3))).to_bytes())
+    theirs, ours = load_tokenizer(corpus.tokenizer_path), load_tokenizer(tmp_path / "fewer.model")
+    texts = [theirs.decode(s[s > 4].tolist()) for s in np.split(corpus.tokens(corpus.languages[0])[:400], 10)] + ["", "word", " ".join(["word"] * 60)]
+    packed, ends, _ = pack_sequences([[0, *ours.encode(text), 2] for text in texts[:-1]] + [[0, *ours.encode(texts[-1])[1:], 2]])
+    reread = Reread(ours, theirs, prefix)
+    their_packed, their_ends, _ = reread(packed, ends, 512)
+
+    def places(tokenizer, ids, ends, skip):
+        found = {}
+        for s, (a, b) in enumerate(zip(ends.tolist(), ends[1:].tolist())):
+            first = tokenizer.id_to_piece(int(ids[a + 1])) if b - a > 2 else ""
+            at = -skip if first[:1] in ("", "▁") else 1           # a window that begins inside a word: read with a space
+            for position in range(a, b):
+                piece = tokenizer.id_to_piece(int(ids[position])) if ids[position] > 2 else ""
+                if piece.startswith("<0x"):                           # of a character's bytes the first alone counts
+                    at += not "<0x80>" <= piece <= "<0xBF>"
+                    continue
+                if piece and at >= 0:
+                    found[s, at, piece] = position
+                at += len(piece)
+        return found
+    assert not ours.id_to_piece(int(packed[ends[-2] + 1])).startswith("▁")
+    skip = sum(len(theirs.id_to_piece(i)) for i in theirs.encode(prefix)) if prefix else 0
+    mine, other = places(ours, packed, ends, 0), places(theirs, their_packed, their_ends, skip)
+    wanted = {(mine[key], other[key]) for key in mine.keys() & other.keys()}
+    here, there = reread.same_tokens(packed, ends, their_packed, their_ends)
+    assert set(zip(here.tolist(), there.tolist())) == wanted and 0.5 * len(packed) < len(wanted) < 0.98 * len(packed)
+    none, _ = reread.same_tokens(packed, ends, *reread(packed, ends, 12)[:2])      # texts cut short: only those that were not
+    assert 0 < len(none) < len(here) and (torch.searchsorted(ends, none.int(), right=True) == len(texts)).sum() == 0
 
 
 def test_a_teacher_that_is_remembered_reads_each_text_once(make_run):
