@@ -1,10 +1,11 @@
 """Attention over packed sequences in plain PyTorch: the "torch" backend of kernels/attention.py.
 
 Sequences are sorted into buckets of nearly equal length, and a bucket is a few batched matrix products on tiles that
-stay in cache. In fp32 PyTorch's own kernel is faster, on views of one sequence at a time. Scores and softmax are fp32.
+stay in cache. In fp32 PyTorch's own kernel is faster, on views of neighbours of one length. Scores and softmax are fp32.
 """
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -143,30 +144,33 @@ def by_library(q, dropout):
     return q.device.type == "cpu" and q.dtype == torch.float32 and dropout == 0
 
 
-def _sequences(cu_seqlens, *tensors):
-    """Each sequence as a slice, with its views [1, heads, length, head_dim] of the packed tensors."""
-    bounds = cu_seqlens.tolist()
-    for span in (slice(a, b) for a, b in zip(bounds, bounds[1:]) if b > a):
-        yield span, [x[span].transpose(0, 1)[None] for x in tensors]
+def _runs(cu_seqlens, *tensors):
+    """Each run of neighbours of one length, n of them, as a slice of tokens, n, and views [n, heads, length, head_dim] of the packed
+    tensors. Sentences that are embedded lie sorted by length (inference.py); calls cost more than they compute there."""
+    lengths = np.diff(bounds := cu_seqlens.cpu().numpy().astype(np.int64))
+    for first, last in itertools.pairwise(np.flatnonzero(np.diff(lengths, prepend=-1, append=-1)).tolist()):
+        if lengths[first]:
+            span = slice(int(bounds[first]), int(bounds[last]))
+            yield span, last - first, [x[span].unflatten(0, (last - first, -1)).transpose(1, 2) for x in tensors]
 
 
 def library_forward(q, k, v, cu_seqlens):
-    """-> out [T, heads, head_dim], logsumexp [heads, T]. A view a sequence: no padding, no gathering."""
+    """-> out [T, heads, head_dim], logsumexp [heads, T]. Views of the packed tensors: no padding, no gathering."""
     out, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[1], q.shape[0])
-    for span, qkv in _sequences(cu_seqlens, q, k, v):
+    for span, _, qkv in _runs(cu_seqlens, q, k, v):
         o, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
-        out[span], lse[:, span] = o[0].transpose(0, 1), row_lse[0]
+        out[span], lse[:, span] = o.transpose(1, 2).flatten(0, 1), row_lse.transpose(0, 1).flatten(1)
     return out, lse
 
 
 def library_backward(do, q, k, v, out, lse, cu_seqlens):
     """-> [T, 3, heads, head_dim]: dq, dk, dv."""
     grads = q.new_zeros(q.shape[0], 3, *q.shape[1:])
-    for span, (*tensors, o) in _sequences(cu_seqlens, do, q, k, v, out):
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, o, lse[None, :, span], 0.0, False)
+    for span, n, (*tensors, o) in _runs(cu_seqlens, do, q, k, v, out):
+        row_lse = lse[:, span].unflatten(1, (n, -1)).transpose(0, 1)
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, o, row_lse, 0.0, False)
         for i, part in enumerate(parts):
-            grads[span, i] = part[0].transpose(0, 1)
+            grads[span, i] = part.transpose(1, 2).flatten(0, 1)
     return grads
 
 

@@ -10,7 +10,7 @@ from kernel_common import BF16, FP16, FP32, FP64, default_dtype, every_backend, 
 from kernels import attention
 from kernels.dropout import keep_mask
 
-RAGGED = [7, 1, 0, 33, 0, 130, 1, 16]                # several blocks, part blocks, one token, none
+RAGGED = [7, 7, 1, 0, 33, 33, 0, 130, 1, 16]        # several blocks, part blocks, one token, none, neighbours of one length
 SHORT = [5, 0, 1, 31, 32, 17, 0]                    # all fit one block: the fused backward kernel
 
 
@@ -171,7 +171,7 @@ def test_nothing_but_empty_sequences(backend, device, dtype):
 def test_a_sequence_sees_only_itself(backend, device, dtype):
     qkv, cu_seqlens = packed(RAGGED, dtype=dtype, device=device)
     before = run(qkv, cu_seqlens, backend)
-    a, b = cu_seqlens[3].item(), cu_seqlens[4].item()
+    a, b = cu_seqlens[4].item(), cu_seqlens[5].item()          # one of two neighbours of one length
     qkv[a:b] += 1
     after = run(qkv, cu_seqlens, backend)
     for x, y in zip(before, after):

@@ -14,8 +14,8 @@ FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
 NAMES = {FP16: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}
 
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
-needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux only")
-interpreted = pytest.mark.skipif(CUDA, reason="Triton's interpreter is for machines without a GPU")
+needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: Triton has no wheels for other systems")
+interpreted = pytest.mark.skipif(CUDA, reason="needs a machine without a GPU: only there is Triton's interpreter on")
 
 
 def path(backend, device, dtype, *marks):

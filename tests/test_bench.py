@@ -78,7 +78,7 @@ def test_every_peer_computes_the_same_thing(make, dtype):
         assert max(errors) < (1e-5 if dtype == torch.float32 else 0.03), candidate.name
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, the peer")
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, the peer, installed")
 def test_the_step_of_the_peer_is_ours_with_the_same_weights():
     """Same weights, same sequences: loss and all gradients agree, packed or padded."""
     problem, _ = step_problems(2, 32, 2, 300, draw_lengths(10, 3, 20), CPU, compiled=False)
@@ -114,8 +114,8 @@ def test_tuning_takes_the_fastest_that_is_right():
     assert choose([(2,), (5,)]) == (1,) == state["pinned"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="waits for triton to be installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: only there is Triton's interpreter on")
 def test_tuning_runs_what_it_would_time(monkeypatch):
     """Every kernel once, in the interpreter, with a candidate pinned; and the lines to paste are rows of the tables."""
     def first(pinned, candidates, pin, run, clock, repeats):
@@ -137,7 +137,7 @@ def test_faults():
     assert fault_of(90, 0, 227 * 1024) == ""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="waits for triton to be installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed")
 def test_one_configuration_of_each_kind_compiles_for_hopper():
     code = ("from kernels.configurations import compile_share\n"
             "for kind in ('attention', 'losses'): print(compile_share(kind, 90, 0, 1000))")
@@ -159,7 +159,7 @@ def test_bad_arguments_get_one_line(arguments, message):
     assert result.exit_code == 2 and message in result.output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, --tune would tune")
 def test_what_needs_a_gpu_says_so():
     result = CliRunner().invoke(bench.main, ["--tune"])
     assert result.exit_code == 2 and "needs a CUDA GPU" in result.output
