@@ -156,16 +156,21 @@ def mean_scores(cells):
 
 
 def with_percentage(cells, notes):
-    """The cells whose baseline is large enough, with every seed, to be 100%; a note names the others."""
-    weak = {task: [name for name, c in row.items() if min(c.score(*table.T) for table in c.baseline) < SMALLEST]
+    """The cells whose baseline is large enough, with every seed, to be 100%; notes name the others.
+
+    A task that keeps less than half of its cells is left out: the mean over tasks would hang on what a few of them do.
+    """
+    kept = {task: {name: c for name, c in row.items() if min(c.score(*table.T) for table in c.baseline) >= SMALLEST}
             for task, row in cells.items()}
-    kept = {task: {name: c for name, c in row.items() if name not in weak[task]} for task, row in cells.items()}
-    for task, names in weak.items():
-        if names:
-            cells_named = ", ".join(name.removeprefix(f"{task}/") for name in names)
-            notes.append(f"{task}: no percentage of a baseline below {SMALLEST} with any seed: {cells_named}; these cells count "
+    for task, row in kept.items():
+        if len(row) < len(cells[task]):
+            named = ", ".join(name.removeprefix(f"{task}/") for name in cells[task] if name not in row)
+            notes.append(f"{task}: no percentage of a baseline below {SMALLEST} with any seed: {named}; these cells count "
                          "in the differences only")
-    return {t: row for t, row in kept.items() if row}
+        if 0 < 2 * len(row) < len(cells[task]):
+            notes.append(f"{task}: only {len(row)} of {len(cells[task])} cells have a percentage: the task counts in the "
+                         "differences only")
+    return {task: row for task, row in kept.items() if 2 * len(row) >= len(cells[task])}
 
 
 def improvement(cells, scores):
