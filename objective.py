@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IGNORE, PackedBatch
-from hub.reread import Remembered, Reread
+from hub.reread import Remembered, Reread, reader_of
 from options import DISTILLATION, TrainConfig
 from unibert import (LanguageDiscriminator, UniBERT, hidden_distillation, mean_pool, positions_of, relation_distillation,
                      similarity_distillation)
@@ -26,7 +26,10 @@ class Objective(nn.Module):
     def __init__(self, model: UniBERT, config: TrainConfig, prior: Tensor, teacher: UniBERT | None,
                  reread: Reread | None = None):
         super().__init__()
-        self.reread, self.remembered = reread, Remembered(config.teacher_cache) if config.teacher_cache else None
+        self.reread, self.remembered = reread, None
+        if config.teacher_cache and teacher is not None:
+            reader = reader_of(teacher, reread, config) if config.teacher_cache_file else ""
+            self.remembered = Remembered(config.teacher_cache, config.teacher_cache_file, reader)
         self.model, self.config = model, config
         # A plain attribute, not a submodule: the teacher is not trained, saved or broadcast with the student.
         object.__setattr__(self, "teacher", teacher)
@@ -44,6 +47,7 @@ class Objective(nn.Module):
             # Equal widths need none, and then the student's own vectors end where the teacher's are.
             wide = teacher.config.hidden_size
             self.projection = nn.Identity() if wide == hidden else nn.Linear(hidden, wide)
+            self.register_buffer("anchors", torch.zeros(0, wide), persistent=False)   # Run.read_anchors fills it
 
     def forward(self, batch: PackedBatch, strength: Tensor) -> Tensor:
         """-> sums [8] fp32, in the order of PARTS. strength: the adversary's current lambda, a 0-d tensor."""
@@ -86,7 +90,7 @@ class Objective(nn.Module):
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
                 n = batch.tokens.shape[0] // max(1024, config.max_length)
                 sums["similarity"] = similarity_distillation(ours.view(n, -1, ours.shape[-1]), theirs.view(n, -1, theirs.shape[-1]),
-                                                             real.view(n, -1), config.kd_similarity_temperature).sum()
+                                                             real.view(n, -1), config.kd_similarity_temperature, self.anchors).sum()
         if self.discriminator is not None:
             features = states[self.adv_layer]
             if config.adv_level == "sequence":

@@ -45,7 +45,8 @@ class TrainConfig:
     kd_hidden_weight: float = option(0.0, "Last hidden states, through a projection.")
     kd_relation_weight: float = option(0.0, "MiniLMv2 relations of the last layers.")
     kd_sentence_weight: float = option(0.0, "Cosine distance of mean-pooled sentence vectors; for teachers without MLM head.")
-    kd_similarity_weight: float = option(0.0, "KL between a sentence's similarities to the others of its row.")
+    kd_similarity_weight: float = option(0.0, "KL between a sentence's similarities to the others of its row and the anchors.")
+    kd_anchors: int = option(0, "Texts whose vectors, by the teacher, each sentence is compared with besides its row's.")
     kd_similarity_temperature: float = option(0.05, "Temperature of these similarities.")
     teacher_prefix: str = option("", "Put before each text that the teacher reads; e5 models want 'query: '.")
     kd_temperature: float = option(2.0, "Temperature T of distillation.")
@@ -84,6 +85,8 @@ class TrainConfig:
     cuda_graphs: bool = option(False, "With --compile, replay the step as CUDA graphs: no launches left to wait for.")
     teacher_cache: int = option(0, "With sentence distillation alone, keep so many of the teacher's vectors: it reads a text once, "
                                    "not once an epoch. A resumed run then agrees to rounding, not to the bit.")
+    teacher_cache_file: str = option("", "Begin with the vectors in this file, if it is there, and leave all of them in it at each "
+                                         "checkpoint: the next student's teacher reads nothing twice.")
     checkpoint_activations: bool = option(False, "Keep only each layer's input and compute the rest again: less memory, a third more work.")
     profile: bool = option(False, "Profile steps 5 to 7: OUT/trace.json and the ten dearest operations.")
     tensorboard: bool = option(False, "Also write event files into the run folder, if tensorboard is installed.")
@@ -96,7 +99,7 @@ class TrainConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
         for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every",
-                     "teacher_cache", *DISTILLATION):
+                     "teacher_cache", "kd_anchors", *DISTILLATION):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         for name in ("mask_rate", "dropout", "warmup", "decay"):
@@ -109,6 +112,10 @@ class TrainConfig:
         if self.teacher_cache and (self.compile or any(getattr(self, name) for name in DISTILLATION[:3])):
             raise ValueError("--teacher-cache keeps sentence vectors: it goes with --kd-weight 0, --kd-sentence-weight or "
                              "--kd-similarity-weight, and without --compile")
+        if self.kd_anchors and not self.kd_similarity_weight:
+            raise ValueError("--kd-anchors are what --kd-similarity-weight compares a sentence with; give that, too")
+        if self.teacher_cache_file and not self.teacher_cache:
+            raise ValueError("--teacher-cache-file keeps what --teacher-cache remembers; give that, too")
         if not all(part.strip().isdigit() for part in self.init_from_teacher.split(",") if self.init_from_teacher):
             raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
         if self.init and self.init_from_teacher:
@@ -116,7 +123,7 @@ class TrainConfig:
 
 
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",
-                 "cuda_graphs", "teacher_cache", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
+                 "cuda_graphs", "teacher_cache", "teacher_cache_file", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
 
 # What `python train.py` does when no --data is given: two minutes on two CPU cores.
 ATLAS_RECIPE = dict(preset="tiny", steps=300, tokens_per_batch=4096, micro_batch_tokens=2048, max_length=64, optimizer="muon",

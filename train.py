@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from checkpoint import Checkpoints
-from data import (BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
+from data import (IGNORE, BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
                   sampling_probabilities, slot_probabilities)
 from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
@@ -135,6 +135,8 @@ class Run:
         self.stop_asked, self.stopping = 0.0, False  # when this process got a signal; all ranks know of one
         self.log = Log(out, config, self.rows * row) if world.rank == 0 else lambda record: None
         self.top = out.parent if out.name == "teacher" else out  # what --out was
+        if teacher is not None and config.kd_anchors:
+            self.read_anchors()
 
     def fresh_model(self, teacher: UniBERT | None, reread: Reread | None) -> UniBERT:
         """The model before its first step: that of --init, layers of the teacher, or --preset drawn at random."""
@@ -177,6 +179,20 @@ class Run:
         batches = [packed_batch(self.corpus, self.probabilities, self.batch_config, self.config.seed, step,
                                 range(first + i, first + i + size)) for i in range(0, share, size)]
         return [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
+
+    def read_anchors(self) -> None:
+        """The teacher's vectors of the first --kd-anchors texts of training: the same in all processes and after a resume,
+        which a queue of recent ones would not be."""
+        self.world.say(f"the teacher reads {self.config.kd_anchors:,} texts to compare with")
+        vectors, number = [], 0
+        while sum(map(len, vectors)) < self.config.kd_anchors:
+            step, row = divmod(number, self.rows)
+            batch = packed_batch(self.corpus, self.probabilities, self.batch_config, self.config.seed, step,
+                                 range(row, row + 1)).to(self.device)
+            with self.autocast:
+                vectors.append(self.objective.teacher_vectors(batch)[batch.languages != IGNORE])
+            number += 1
+        self.objective.anchors = torch.cat(vectors)[:self.config.kd_anchors].float()
 
     def loader_speed(self) -> float:
         """Tokens a second that this process can load, alone, on one core."""
@@ -324,6 +340,8 @@ class Run:
 
     def save(self) -> None:
         if self.world.rank == 0:
+            if self.objective.remembered is not None:                # of several processes the first one's
+                self.objective.remembered.write()
             self.checkpoints.save(self.step, dict(
                 objective=self.objective.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
                 step=self.step, tokens_seen=self.tokens_seen, skipped=self.skipped, adv_loss=self.adv_loss))
@@ -439,7 +457,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
-                                    adv_weight=0.0, init="", init_from_teacher="", **dict.fromkeys(DISTILLATION, 0.0))
+                                    adv_weight=0.0, init="", init_from_teacher="", kd_anchors=0, **dict.fromkeys(DISTILLATION, 0.0))
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")

@@ -404,18 +404,19 @@ def relation_distillation(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, 
     return kl.flatten()[:total] * (segment < cu_seqlens.shape[0] - 1)
 
 
-def similarity_distillation(student: Tensor, teacher: Tensor, real: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) between a sentence's distributions over the others of its row -> [B, S] fp32.
+def similarity_distillation(student: Tensor, teacher: Tensor, real: Tensor, temperature: float, anchors: Tensor) -> Tensor:
+    """KL(teacher || student) between a sentence's distributions over the sentences of its row and the anchors -> [B, S] fp32.
 
-    student (already projected), teacher [B, S, H] sentence vectors; real [B, S] bool. Sentence i weighs teacher
-    sentences j by softmax(cosine(i, j) / temperature), with the teacher's vector i and with the student's: the
-    student has to rank as the teacher does, which small cosine distances alone do not bring about where all vectors
-    lie in a narrow cone (e5: cosines of 0.7 to 1).
+    student (already projected), teacher [B, S, H] sentence vectors; real [B, S] bool; anchors [N, H], the teacher's vectors
+    of N other texts, perhaps none. Sentence i weighs all of these by softmax(cosine(i, j) / temperature), with the
+    teacher's vector i and with the student's: the student has to rank as the teacher does, which small cosine
+    distances alone do not bring about where all vectors lie in a narrow cone (e5: cosines of 0.7 to 1). A row has a few
+    dozen sentences; the nearer neighbours that say more are among thousands (SEED, arXiv 2101.04731, keeps a queue).
     """
-    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
-    others = torch.where(real, 0.0, -1e9)[:, None]                                          # [B, 1, S]
-    ours = F.log_softmax(student @ teacher.mT / temperature + others, dim=-1)
-    theirs = F.log_softmax(teacher @ teacher.mT / temperature + others, dim=-1)
+    student, teacher, anchors = (F.normalize(vectors.float(), dim=-1) for vectors in (student, teacher, anchors))
+    absent = F.pad(torch.where(real, 0.0, -1e9), (0, len(anchors)))[:, None]                # [B, 1, S + N]
+    ours, theirs = (F.log_softmax(torch.cat([own @ teacher.mT, own @ anchors.T], -1) / temperature + absent, dim=-1)
+                    for own in (student, teacher))
     return (theirs.exp() * (theirs - ours)).sum(-1) * real
 
 

@@ -9,6 +9,7 @@ of a small student's step is its teacher's.
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Callable
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data import BOS, EOS, UNK, Corpus, encode_text, load_tokenizer, pack_sequences
+from files import read_safetensors, write_safetensors
 from inference import load
 from launch import UserError
 from options import DISTILLATION, TrainConfig
@@ -34,11 +36,37 @@ class Remembered:
     """Sentence vectors by text, so that a teacher reads a text once and not once an epoch. At most `limit`, in 16 bits.
 
     A vector depends, in its last bits, on the batch that it was computed in, so a resumed run, which reads anew, goes
-    on with the same batches and nearly the same numbers, but not to the bit.
+    on with the same batches and nearly the same numbers, but not to the bit. With a file it finds them again, and so does
+    the next student of the same teacher.
     """
 
-    def __init__(self, limit: int):
-        self.limit, self.vectors, self.asked, self.read = limit, {}, 0, 0
+    def __init__(self, limit: int, file: str = "", reader: str = ""):
+        """reader: what the vectors depend on besides the text (`reader_of`). UserError for another's file, or a damaged one."""
+        self.limit, self.file, self.reader = limit, file, reader
+        self.vectors, self.asked, self.read, self.written = {}, 0, 0, 0
+        if not Path(file).absolute().parent.is_dir():                # known now, not at the first checkpoint
+            raise UserError(f"--teacher-cache-file: there is no folder {Path(file).parent}; make it first")
+        if file and Path(file).exists():
+            try:
+                found = read_safetensors(file)
+                whose, keys, vectors = (found[name].numpy() for name in ("reader", "keys", "vectors"))
+                if len(keys) != len(vectors):
+                    raise ValueError(f"{file} has {len(keys)} keys for {len(vectors)} vectors")
+            except (ValueError, KeyError, OSError) as error:
+                raise UserError(f"--teacher-cache-file: {file} holds no teacher's vectors ({error}); name a new file") from None
+            if whose.tobytes().hex() != reader:
+                raise UserError(f"--teacher-cache-file: {file} is of another teacher, prefix, tokenizer, --max-length or --dtype; "
+                                f"name a new file")
+            self.vectors = {key.tobytes(): vector for key, vector in zip(keys[:limit], vectors)}
+        self.written = len(self.vectors)
+
+    def write(self) -> None:
+        """All vectors into the file, if there is one and it lacks some."""
+        if self.file and len(self.vectors) > self.written:
+            keys = torch.frombuffer(bytearray(b"".join(self.vectors)), dtype=torch.uint8).view(-1, 16)
+            write_safetensors({"reader": torch.frombuffer(bytearray.fromhex(self.reader), dtype=torch.uint8), "keys": keys,
+                               "vectors": torch.from_numpy(np.stack(list(self.vectors.values())))}, self.file)
+            self.written = len(self.vectors)
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """tokens [T], cu_seqlens [S + 1] -> [S, H] fp32; read(tokens, cu_seqlens) -> the vectors of texts that are new."""
@@ -71,9 +99,16 @@ class Reread:
 
     def __init__(self, ours, theirs, prefix: str = ""):
         self.ours, self.theirs, self.prefix = ours, theirs, prefix
-        self.sizes = [np.array([characters(t, i) for i in range(len(t))]) for t in (ours, theirs)]
-        self.whole = [np.array([i > UNK and not t.is_byte(i) for i in range(len(t))]) for t in (ours, theirs)]
-        self.before = int(self.sizes[1][encode_text(theirs, prefix)].sum()) if prefix else 0
+
+    @functools.cached_property
+    def sizes(self) -> list[np.ndarray]:
+        """Characters of each piece, ours and theirs."""
+        return [np.array([characters(t, i) for i in range(len(t))]) for t in (self.ours, self.theirs)]
+
+    @functools.cached_property
+    def whole(self) -> list[np.ndarray]:
+        """Whether a piece is one of characters, ours and theirs."""
+        return [np.array([i > UNK and not t.is_byte(i) for i in range(len(t))]) for t in (self.ours, self.theirs)]
 
     def __call__(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor, int]:
         """tokens [T], cu_seqlens [S + 1] -> the teacher's (tokens, cu_seqlens [S + 1], longest), on the same device.
@@ -91,15 +126,16 @@ class Reread:
 
         A window that begins inside a word is read with a space before it; texts that were cut short have no positions.
         """
+        before = int(self.sizes[1][encode_text(self.theirs, self.prefix)].sum()) if self.prefix else 0
         sides = []
         for sizes, whole, ids, ends in zip(self.sizes, self.whole, (tokens, their_tokens), (cu_seqlens, their_cu_seqlens)):
             ids, ends = ids[:int(ends[-1])].cpu().numpy(), ends.cpu().numpy().astype(np.int64)
             stop = np.concatenate([[0], sizes[ids].cumsum()])
             sequence = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
             sides.append((sequence, stop[:-1] - stop[ends[:-1]][sequence], sizes[ids] * whole[ids], np.diff(stop[ends])))
-        space = sides[1][3] - self.before - sides[0][3]                   # characters that theirs has and ours has not
+        space = sides[1][3] - before - sides[0][3]                   # characters that theirs has and ours has not
         keys = []
-        for (sequence, start, size, _), shift in zip(sides, (space, np.full_like(space, -self.before))):
+        for (sequence, start, size, _), shift in zip(sides, (space, np.full_like(space, -before))):
             start = start + shift[sequence]
             at = np.flatnonzero((size > 0) & (start >= 0) & ((space == 0) | (space == 1))[sequence])
             keys.append(((sequence << 28 | start << 8 | np.minimum(size, 255))[at], at))
@@ -117,6 +153,17 @@ class Reread:
                              "the teacher's, so its embeddings cannot be taken over; prepare the data with a vocabulary "
                              "trimmed from the teacher's (python unibert.py trim), or leave --init-from-teacher out")
         return np.array([theirs[piece] for piece in pieces], np.int64)
+
+
+def reader_of(teacher: UniBERT, reread: Reread | None, config: TrainConfig) -> str:
+    """A digest of all that a text's vector depends on besides its tokens, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(f"{teacher.config} {config.max_length} {config.dtype} ".encode())
+    for value in teacher.state_dict().values():
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    if reread is not None:
+        for part in (reread.ours.serialized_model_proto(), reread.theirs.serialized_model_proto(), reread.prefix.encode()):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def load_start(folder: str, corpus: Corpus, max_length: int) -> UniBERT:

@@ -5,6 +5,7 @@ Figures are printed: run with -s to see them.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -20,9 +21,10 @@ from click.testing import CliRunner
 import atlas
 import train
 from data import MASK, Corpus, load_tokenizer, pack_sequences, prepare
-from hub.reread import Remembered, Reread
+from hub.reread import Remembered, Reread, reader_of
 from hub.vocabulary import SentencePieceModel, keep_pieces
 from kernels.bench import Clock
+from launch import UserError
 from objective import Objective, batch_counts
 from options import TrainConfig
 from train import Run, World, schedule
@@ -307,14 +309,63 @@ def test_a_teacher_that_is_remembered_reads_each_text_once(make_run):
         dataclasses.replace(TINY, kd_weight=1.0, teacher_cache=10)
 
 
+def test_teacher_vectors_in_a_file_serve_the_next_student_and_no_other_teacher(make_run, tmp_path):
+    teacher, file = make_run(seed=5).model.eval(), str(tmp_path / "vectors")
+    options = dict(kd_weight=0.0, kd_sentence_weight=1.0, mlm_weight=0.0, teacher_cache=10_000, teacher_cache_file=file)
+    first = make_run(teacher, **options)
+    batch, = first.micro_batches(0)
+    wanted = first.objective(batch, torch.tensor(0.0))
+    first.save()
+    size = os.path.getsize(file)
+    second = make_run(teacher, **options)
+    assert torch.equal(second.objective(batch, torch.tensor(0.0)), wanted)
+    assert second.objective.remembered.read == 0 < second.objective.remembered.asked
+    second.objective(second.micro_batches(1)[0], torch.tensor(0.0))
+    second.save()
+    assert os.path.getsize(file) > size
+    remembered, reader = second.objective.remembered, reader_of(teacher, None, second.config)
+    assert Remembered(10_000, file, reader).vectors.keys() == remembered.vectors.keys() and len(Remembered(3, file, reader).vectors) == 3
+    with pytest.raises(UserError, match="is of another teacher, prefix"):
+        Remembered(10_000, file, reader_of(make_run(seed=6).model, None, second.config))
+    pathlib.Path(file).write_bytes(pathlib.Path(file).read_bytes()[:-1])
+    with pytest.raises(UserError, match="holds no teacher's vectors .* name a new file"):
+        Remembered(10_000, file, reader)
+    with pytest.raises(UserError, match="there is no folder .*nowhere; make it first"):
+        Remembered(10_000, str(tmp_path / "nowhere" / "vectors"), reader)
+    with pytest.raises(ValueError, match="give that, too"):
+        dataclasses.replace(TINY, teacher_cache_file=file)
+
+
 def test_similarity_distillation_is_zero_for_the_teacher_itself():
     torch.manual_seed(0)
-    teacher, student = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    teacher, student, anchors = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(7, 8)
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    assert similarity_distillation(teacher, teacher, real, 0.1).abs().max() < 1e-5
-    loss = similarity_distillation(student, teacher, real, 0.1)
-    assert (loss[real] > 0).all() and (loss[~real] == 0).all()
-    assert torch.allclose(loss[1, :3], similarity_distillation(student[1:, :3], teacher[1:, :3], real[1:, :3], 0.1)[0], atol=1e-5)
+    for known in (anchors[:0], anchors):
+        assert similarity_distillation(teacher, teacher, real, 0.1, known).abs().max() < 1e-5
+        loss = similarity_distillation(student, teacher, real, 0.1, known)
+        assert (loss[real] > 0).all() and (loss[~real] == 0).all()
+        for row, n in ((0, 5), (1, 3)):                              # sentence by sentence, in float64, without the padding
+            others = F.normalize(torch.cat([teacher[row, :n], known]).double(), dim=-1)
+            ours, theirs = ((F.normalize(own[row, :n].double(), dim=-1) @ others.T / 0.1).softmax(-1) for own in (student, teacher))
+            torch.testing.assert_close(loss[row, :n], (theirs * (theirs / ours).log()).sum(-1).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_anchors_are_the_teachers_vectors_of_the_first_texts(make_run):
+    """However the batches are cut, with or without memory of vectors; and each sentence is compared with them, too."""
+    teacher = make_run(seed=5).model.eval()
+    options = dict(kd_similarity_weight=1.0, mlm_weight=0.0, tokens_per_batch=4096)
+    none, two, four, kept = (make_run(teacher, **options, **more) for more in (
+        dict(), dict(kd_anchors=150), dict(kd_anchors=150, micro_batch_tokens=1024), dict(kd_anchors=150, teacher_cache=1000)))
+    batches = [batch for step in (0, 1) for batch in four.micro_batches(step)]
+    texts = [none.objective.teacher_vectors(batch)[batch.languages >= 0] for batch in batches]
+    assert len(texts[0]) < 150 < sum(map(len, texts))
+    torch.testing.assert_close(two.objective.anchors, torch.cat(texts)[:150])
+    assert torch.equal(two.objective.anchors, four.objective.anchors) and not len(none.objective.anchors)
+    torch.testing.assert_close(kept.objective.anchors, two.objective.anchors, rtol=1e-3, atol=1e-4)       # 16 bits
+    losses = [steps_of(run, 1)[0]["loss"] for run in (none, two, four)]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5) and losses[1] > 1.05 * losses[0]
+    with pytest.raises(ValueError, match="--kd-anchors are what --kd-similarity-weight compares"):
+        dataclasses.replace(TINY, kd_anchors=10)
 
 
 def test_a_student_starts_from_the_layers_of_its_teacher(make_run):
