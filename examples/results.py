@@ -23,6 +23,12 @@ from files import write_atomically  # noqa: E402
 NAMES = ("mlm", "adversary", "distillation", "all")
 
 
+def students(folder):
+    """{name: heading} of the students that have a report: those of the ladder, and the one of --long, if there is one."""
+    ladder = {name: ablate.RUNGS[name][0] for name in NAMES}
+    return ladder | ({"long": "long"} if (folder / "long.json").exists() else {})
+
+
 def sizes(folder):
     """{layers, parameters of the encoder's layers, of all, of the embeddings, pieces, MB on disk} of a model folder."""
     model, _ = load(folder)
@@ -50,6 +56,13 @@ def speed(folders, lines, sentences=300, rounds=5):
     return {"sentences": len(text), "threads": torch.get_num_threads(), "rate": rate, "ratio": ratio}
 
 
+def trained(folder):
+    """Steps, tokens and seconds of a run, the seconds without validation and saving."""
+    rows = [row for line in (folder / "metrics.jsonl").read_text().splitlines() if "tokens_seen" in (row := json.loads(line))]
+    seconds = sum((b["tokens_seen"] - a["tokens_seen"]) / b["tokens_per_second"] for a, b in zip([{"tokens_seen": 0}, *rows], rows))
+    return {"steps": rows[-1]["step"], "tokens": rows[-1]["tokens_seen"], "seconds": seconds}
+
+
 def kept(teacher, student):
     """{task: (student's mean, teacher's, cells)} over the cells that both have."""
     theirs = {(c["task"], c["data"], c["language"]): np.mean(c["scores"]) for c in teacher["cells"]}
@@ -62,7 +75,8 @@ def kept(teacher, student):
 
 def page(folder, facts):
     """Lines of RESULTS.md. folder: where the reports are; facts: what results.json holds."""
-    reports = {name: report.load(folder / f"{name}.json") for name in (*NAMES, "teacher")}
+    names = students(folder)
+    reports = {name: report.load(folder / f"{name}.json") for name in (*names, "teacher")}
     for name, value in reports.items():
         value["model"]["path"] = f"examples/reports/{name}"
     student, teacher = facts["sizes"]["student"], facts["sizes"]["teacher"]
@@ -76,27 +90,31 @@ def page(folder, facts):
     s = facts["speed"]
     yield (f"| sentences/s, {s['threads']} thread(s) | {s['rate']['teacher']:.0f} | {s['rate']['student']:.0f} | "
            f"{s['ratio']:.2f} x |")
+    if "long" in names:
+        yield from ("", f"**long** is the whole recipe once more, with options of its own (examples/distil_e5.sh): {facts['long']['steps']:,} steps, "
+                    f"{facts['long']['tokens'] / 1e6:.1f} M tokens, {facts['long']['seconds'] / 60:.0f} minutes. It answers how near to the teacher "
+                    "the recipe comes, not what an objective is worth: no other student had its time.")
     yield from ("", "## Share of the teacher's score kept", "",
-                "| | teacher | " + " | ".join(ablate.RUNGS[n][0] for n in NAMES) + " |", "|---|---:|" + "---:|" * len(NAMES))
-    shares = {name: kept(reports["teacher"], reports[name]) for name in NAMES}
+                "| | teacher | " + " | ".join(names.values()) + " |", "|---|---:|" + "---:|" * len(names))
+    shares = {name: kept(reports["teacher"], reports[name]) for name in names}
     for task, (_, theirs, n) in shares["mlm"].items():
         yield f"| {task} ({n} data sets and languages) | {theirs:.3f} | " + " | ".join(
-            f"{shares[name][task][0]:.3f} ({shares[name][task][0] / theirs:.0%})" for name in NAMES) + " |"
+            f"{shares[name][task][0]:.3f} ({shares[name][task][0] / theirs:.0%})" for name in names) + " |"
     yield from ("", "## Neutrality of the last layer", "", "| | " + " | ".join(("data", *MEASURES)) + " |",
                 "|---|---|" + "---:|" * len(MEASURES))
-    for name in ("teacher", *NAMES):
+    for name in ("teacher", *names):
         for data, value in reports[name]["neutrality"].items():
             last = value["layers"][-1]
             yield f"| {name} | {data} | " + " | ".join(f"{last[key]:.3f}" for key in MEASURES) + " |"
     yield from ("", *(("#" + line if line.startswith("#") else line).replace("Ablation", "The ladder").replace("/report.json", ".json")
                       for line in ablate.table({name: reports[name] for name in NAMES}, [
-                          "All four start from the same three layers and the same embeddings of the teacher and read the same "
+                          "All four start from the same pruned layers and the same embeddings of the teacher and read the same "
                           "batches, so the ladder measures the objectives and not the start."])))
-    yield from ("", "## Every language", "", "| task, data, language | n | " + " | ".join((*NAMES, "teacher")) + " |",
-                "|---|---:|" + "---:|" * 5)
+    yield from ("", "## Every language", "", "| task, data, language | n | " + " | ".join((*names, "teacher")) + " |",
+                "|---|---:|" + "---:|" * (len(names) + 1))
     cells = {name: {(c["task"], c["data"], c["language"]): c for c in value["cells"]} for name, value in reports.items()}
     for key, c in cells["mlm"].items():
-        found = (f"{np.mean(cells[name][key]['scores']):.3f}" if key in cells[name] else "" for name in (*NAMES, "teacher"))
+        found = (f"{np.mean(cells[name][key]['scores']):.3f}" if key in cells[name] else "" for name in (*names, "teacher"))
         yield f"| {key[0]} {key[1].rpartition('/')[2]} {key[2]} | {c['n']} | " + " | ".join(found) + " |"
     yield from ("", (Path(__file__).parent / "tried.md").read_text().rstrip())
     yield from ("", "## Data", "", *(f"- {name}: sha256 {value[:16]}..." for name, value in reports["mlm"]["data"].items()),
@@ -107,15 +125,16 @@ MEASURES = ("linear", "mlp", "centred", "between", "cka", "retrieval", "retrieva
 
 
 def compact(value, most=100):
-    """A report with at most `most` examples a cell, whose scores are those of these examples; `compare` needs no more."""
-    for cell in value["cells"]:
+    """A report to commit: of what needs no training, which has most languages, at most `most` examples a cell, and their
+    scores; of the fine-tuned tasks everything, so that `compare` prints what the page says."""
+    for cell in [c for c in value["cells"] if c["task"] not in report.FINE_TUNED]:
         cell["examples"] = [table[:most] for table in cell["examples"]]
         cell["n"], cell["digests"] = len(cell["examples"][0]), cell["digests"][:8 * most]
         score = run.SCORES[cell["task"]][2]
         cell["scores"] = [float(score(*np.array(table, float).T)) for table in cell["examples"]]
     for measured in value["neutrality"].values():
         measured.pop("map", None)
-    value["notes"].append(f"compacted: the first {most} examples of each cell")
+    value["notes"].append(f"compacted: the first {most} examples of each cell that needed no training")
     return value
 
 
@@ -126,13 +145,11 @@ def compact(value, most=100):
 @click.option("--note", default="", help="A sentence for the head of the page: what was special about this run.")
 def main(out, lines, minutes, note):
     """Measure sizes and speed, then write OUT/RESULTS.md and OUT/compact/*.json and print the page."""
-    folders = {"teacher": out / "teacher", "student": out / "all" / "final"}
-    metrics = [[json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()] for name in NAMES]
-    trained = [[row for row in rows if "tokens_seen" in row] for rows in metrics]
-    seconds = sum((b["tokens_seen"] - a["tokens_seen"]) / b["tokens_per_second"]
-                  for rows in trained for a, b in zip([{"tokens_seen": 0}, *rows], rows))
+    folders = {"teacher": out / "teacher", "student": out / ("long" if "long" in students(out / "reports") else "all") / "final"}
+    runs = {name: trained(out / name) for name in students(out / "reports")}
     facts = {"sizes": {name: sizes(folder) for name, folder in folders.items()}, "speed": speed(folders, lines),
-             "steps": trained[0][-1]["step"], "tokens": trained[0][-1]["tokens_seen"], "seconds": seconds, "options": f"--minutes {minutes}",
+             "steps": runs["mlm"]["steps"], "tokens": runs["mlm"]["tokens"], "seconds": sum(runs[name]["seconds"] for name in NAMES),
+             "long": runs.get("long"), "options": f"--minutes {minutes}" + (f" --long {runs['long']['steps']}" if "long" in runs else ""),
              "date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
              "load": f"Load average at the end {os.getloadavg()[1]:.1f}. {note}".strip(),
              "text": json.loads((out / "data" / "manifest.json").read_text())["sha256"]}
@@ -140,7 +157,7 @@ def main(out, lines, minutes, note):
     lines = list(page(out / "reports", facts))
     write_atomically(out / "RESULTS.md", ["\n".join(lines).encode() + b"\n"])
     (out / "compact").mkdir(exist_ok=True)
-    for name in (*NAMES, "teacher"):
+    for name in (*students(out / "reports"), "teacher"):
         value = compact(report.load(out / "reports" / f"{name}.json"))
         value["model"]["path"] = name
         write_atomically(out / "compact" / f"{name}.json", [json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"])

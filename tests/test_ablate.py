@@ -4,6 +4,7 @@ Most commands of the ladder run in this process: to import torch two dozen times
 """
 import importlib.util
 import json
+import shutil
 import subprocess
 import types
 
@@ -216,7 +217,7 @@ def test_a_run_that_fails_is_named(folder, tmp_path, monkeypatch):
     assert result.exit_code == 2 and "train.log" in result.output and "--teacher" in result.output.split("\n")[-2]
 
 
-def test_the_page_of_the_example_is_what_its_reports_say():
+def test_the_page_of_the_example_is_what_its_reports_say(tmp_path):
     """examples/results.py on the reports beside it, which have to stay readable."""
     path = ablate.REPOSITORY / "examples" / "results.py"
     results = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("results", path))
@@ -224,13 +225,23 @@ def test_the_page_of_the_example_is_what_its_reports_say():
     sizes = dict.fromkeys(("layers", "in the layers", "embeddings", "pieces", "all"), 12) | {"MB": 4.0}
     facts = {"sizes": {"teacher": sizes, "student": sizes | {"layers": 3}}, "options": "", "machine": "", "date": "", "steps": 1,
              "speed": {"threads": 1, "rate": {"teacher": 10.0, "student": 25.0}, "ratio": 2.5}, "tokens": 1, "seconds": 60,
-             "load": "", "text": "0" * 64}
+             "load": "", "text": "0" * 64, "long": {"steps": 8000, "tokens": 32_768_000, "seconds": 5880}}
     lines = list(results.page(path.parent / "reports", facts))
+    assert any(line.startswith("| | teacher |") and line.endswith("| all | long |") for line in lines)
+    assert any(line.startswith("**long** is") and "8,000 steps, 32.8 M tokens, 98 minutes" in line for line in lines)
     assert "| layers | 12 | 3 | 25.0% |" in lines and "| sentences/s, 1 thread(s) | 10 | 25 | 2.50 x |" in lines
     means = {name: np.mean([c["scores"][0] for c in report.load(path.parent / "reports" / f"{name}.json")["cells"]
-                            if c["task"] == "retrieval"]) for name in ("teacher", "all")}
+                            if c["task"] == "retrieval"]) for name in ("teacher", "all", "long")}
     row = next(line for line in lines if line.startswith("| retrieval ("))
-    assert f"| {means['teacher']:.3f} |" in row and row.endswith(f"{means['all']:.3f} ({means['all'] / means['teacher']:.0%}) |")
+    assert f"| {means['teacher']:.3f} |" in row
+    assert row.endswith("".join(f" {means[name]:.3f} ({means[name] / means['teacher']:.0%}) |" for name in ("all", "long")))
+    for name in ("teacher", *results.NAMES):           # without --long there is no fifth student and no word of one
+        shutil.copy(path.parent / "reports" / f"{name}.json", tmp_path)
+    del facts["long"]
+    lines = list(results.page(tmp_path, facts))
+    assert any(line.startswith("| | teacher |") and line.endswith("| all |") for line in lines)
+    assert not any(line.startswith("**long**") for line in lines)
     value = report.load(path.parent / "reports" / "all.json")
     short = results.compact(value, most=20)
-    assert all(c["n"] == len(c["digests"]) // 8 == len(c["examples"][0]) <= 20 for c in short["cells"])
+    assert all(c["n"] == len(c["digests"]) // 8 == len(c["examples"][0]) for c in short["cells"])
+    assert all((c["n"] <= 20) == (c["task"] in ("retrieval", "sts-cosine")) for c in short["cells"])
