@@ -47,7 +47,9 @@ class Objective(nn.Module):
             # Equal widths need none, and then the student's own vectors end where the teacher's are.
             wide = teacher.config.hidden_size
             self.projection = nn.Identity() if wide == hidden else nn.Linear(hidden, wide)
-            self.register_buffer("anchors", torch.zeros(0, wide), persistent=False)   # Run.read_anchors fills it
+            # Run.study_teacher fills these: nothing to compare with, nothing to take out.
+            for name, shape in dict(anchors=(0, wide), centre=(wide,), directions=(0, wide)).items():
+                self.register_buffer(name, torch.zeros(shape), persistent=False)
 
     def forward(self, batch: PackedBatch, strength: Tensor) -> Tensor:
         """-> sums [8] fp32, in the order of PARTS. strength: the adversary's current lambda, a 0-d tensor."""
@@ -85,7 +87,7 @@ class Objective(nn.Module):
             sums["relation"] = (apart * (languages != IGNORE)).sum()
         if teacher is not None and (config.kd_sentence_weight or config.kd_similarity_weight):
             ours, real = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), batch.languages != IGNORE
-            theirs = mean_pool(teacher_hidden, reading[1]) if token_terms else self.teacher_vectors(batch)
+            theirs = self.neutral(mean_pool(teacher_hidden, reading[1])) if token_terms else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
                 n = batch.tokens.shape[0] // max(1024, config.max_length)
@@ -106,9 +108,14 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def teacher_vectors(self, batch: PackedBatch) -> Tensor:
-        """What the teacher makes of each text as it was before masking [S, H'] fp32; empty ones give anything."""
+        """What the student is to make of each text as it was before masking [S, H'] fp32; empty ones give anything."""
         texts = self.unmasked(batch), batch.cu_seqlens
-        return self.read(*texts) if self.remembered is None else self.remembered(*texts, self.read)
+        return self.neutral(self.read(*texts) if self.remembered is None else self.remembered(*texts, self.read))
+
+    def neutral(self, vectors: Tensor) -> Tensor:
+        """The teacher's vectors [S, H'] fp32 with all languages in one place along `directions` (--kd-neutral)."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return vectors - (vectors - self.centre) @ self.directions.T @ self.directions
 
     def read(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         longest = self.config.max_length

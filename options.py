@@ -47,6 +47,7 @@ class TrainConfig:
     kd_sentence_weight: float = option(0.0, "Cosine distance of mean-pooled sentence vectors; for teachers without MLM head.")
     kd_similarity_weight: float = option(0.0, "KL between a sentence's similarities to the others of its row and the anchors.")
     kd_anchors: int = option(0, "Texts whose vectors, by the teacher, each sentence is compared with besides its row's.")
+    kd_neutral: int = option(0, "Directions in which languages differ most, to be taken out of the teacher's sentence vectors.")
     kd_similarity_temperature: float = option(0.05, "Temperature of these similarities.")
     teacher_prefix: str = option("", "Put before each text that the teacher reads; e5 models want 'query: '.")
     kd_temperature: float = option(2.0, "Temperature T of distillation.")
@@ -99,7 +100,7 @@ class TrainConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
         for name in ("mlm_weight", "adv_weight", "adv_layer", "alpha", "weight_decay", "teacher_steps", "keep_every",
-                     "teacher_cache", "kd_anchors", *DISTILLATION):
+                     "teacher_cache", "kd_anchors", "kd_neutral", *DISTILLATION):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
         for name in ("mask_rate", "dropout", "warmup", "decay"):
@@ -114,6 +115,8 @@ class TrainConfig:
                              "--kd-similarity-weight, and without --compile")
         if self.kd_anchors and not self.kd_similarity_weight:
             raise ValueError("--kd-anchors are what --kd-similarity-weight compares a sentence with; give that, too")
+        if self.kd_neutral and not (self.kd_sentence_weight or self.kd_similarity_weight):
+            raise ValueError("--kd-neutral changes sentence vectors; it goes with --kd-sentence-weight or --kd-similarity-weight")
         if self.teacher_cache_file and not self.teacher_cache:
             raise ValueError("--teacher-cache-file keeps what --teacher-cache remembers; give that, too")
         if not all(part.strip().isdigit() for part in self.init_from_teacher.split(",") if self.init_from_teacher):

@@ -43,7 +43,7 @@ from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_free
 from objective import Objective, batch_counts
 from options import ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, TrainConfig, claimed, settle
 from plan import PEAK_FLOPS, flops_per_token, plan
-from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, load_model, save_model
+from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
 
 
@@ -92,6 +92,9 @@ def adversary_strength(step: int, config: TrainConfig) -> float:
 
 # -------------------------------------------------------------------------------------------------- one run
 
+TEXTS_OF_A_LANGUAGE = 256    # whose mean vector stands for it
+
+
 class Run:
     """Training of one model in one folder."""
 
@@ -135,8 +138,8 @@ class Run:
         self.stop_asked, self.stopping = 0.0, False  # when this process got a signal; all ranks know of one
         self.log = Log(out, config, self.rows * row) if world.rank == 0 else lambda record: None
         self.top = out.parent if out.name == "teacher" else out  # what --out was
-        if teacher is not None and config.kd_anchors:
-            self.read_anchors()
+        if teacher is not None:
+            self.study_teacher()
 
     def fresh_model(self, teacher: UniBERT | None, reread: Reread | None) -> UniBERT:
         """The model before its first step: that of --init, layers of the teacher, or --preset drawn at random."""
@@ -180,19 +183,32 @@ class Run:
                                 range(first + i, first + i + size)) for i in range(0, share, size)]
         return [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
 
-    def read_anchors(self) -> None:
-        """The teacher's vectors of the first --kd-anchors texts of training: the same in all processes and after a resume,
+    def study_teacher(self) -> None:
+        """What is to be known of the teacher's vectors before the first step: where its languages lie (--kd-neutral), and texts to
+        compare with (--kd-anchors). It comes from the first texts of training: the same in all processes and after a resume,
         which a queue of recent ones would not be."""
-        self.world.say(f"the teacher reads {self.config.kd_anchors:,} texts to compare with")
-        vectors, number = [], 0
-        while sum(map(len, vectors)) < self.config.kd_anchors:
-            step, row = divmod(number, self.rows)
-            batch = packed_batch(self.corpus, self.probabilities, self.batch_config, self.config.seed, step,
-                                 range(row, row + 1)).to(self.device)
-            with self.autocast:
-                vectors.append(self.objective.teacher_vectors(batch)[batch.languages != IGNORE])
-            number += 1
-        self.objective.anchors = torch.cat(vectors)[:self.config.kd_anchors].float()
+        config, objective = self.config, self.objective
+
+        def read(probabilities: np.ndarray, count: int) -> torch.Tensor:
+            """The first `count` texts of such a mixture of languages -> [count, H'] fp32."""
+            vectors, number = [], 0
+            while sum(map(len, vectors)) < count:
+                step, row = divmod(number, self.rows)
+                batch = packed_batch(self.corpus, probabilities, self.batch_config, config.seed, step, range(row, row + 1)).to(self.device)
+                with self.autocast:
+                    vectors.append(objective.teacher_vectors(batch)[batch.languages != IGNORE])
+                number += 1
+            return torch.cat(vectors)[:count].float()
+
+        if config.kd_neutral:
+            known = np.flatnonzero(self.probabilities)
+            self.world.say(f"the teacher reads {TEXTS_OF_A_LANGUAGE} texts of each of {len(known)} languages")
+            one = np.eye(len(self.probabilities))
+            means = torch.stack([read(one[language], TEXTS_OF_A_LANGUAGE).mean(0) for language in known])
+            objective.centre, objective.directions = means.mean(0), language_directions(means, config.kd_neutral)
+        if config.kd_anchors:
+            self.world.say(f"the teacher reads {config.kd_anchors:,} texts to compare with")
+            objective.anchors = read(self.probabilities, config.kd_anchors)
 
     def loader_speed(self) -> float:
         """Tokens a second that this process can load, alone, on one core."""
@@ -457,7 +473,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
-                                    adv_weight=0.0, init="", init_from_teacher="", kd_anchors=0, **dict.fromkeys(DISTILLATION, 0.0))
+                                    adv_weight=0.0, init="", init_from_teacher="", kd_anchors=0, kd_neutral=0, **dict.fromkeys(DISTILLATION, 0.0))
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")

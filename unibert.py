@@ -415,9 +415,22 @@ def similarity_distillation(student: Tensor, teacher: Tensor, real: Tensor, temp
     """
     student, teacher, anchors = (F.normalize(vectors.float(), dim=-1) for vectors in (student, teacher, anchors))
     absent = F.pad(torch.where(real, 0.0, -1e9), (0, len(anchors)))[:, None]                # [B, 1, S + N]
-    ours, theirs = (F.log_softmax(torch.cat([own @ teacher.mT, own @ anchors.T], -1) / temperature + absent, dim=-1)
-                    for own in (student, teacher))
+    with torch.autocast(student.device.type, enabled=False):  # bfloat16 knows 0.8 to three digits; the temperature makes 0.2 of that
+        ours, theirs = (F.log_softmax(torch.cat([own @ teacher.mT, own @ anchors.T], -1) / temperature + absent, dim=-1)
+                        for own in (student, teacher))
     return (theirs.exp() * (theirs - ours)).sum(-1) * real
+
+
+def language_directions(means: Tensor, count: int) -> Tensor:
+    """The directions in which languages differ: means of each one's vectors [L, H] -> [count, H] fp32, orthonormal.
+
+    A teacher's sentence vectors without their part in these few directions find translations better than with it, and need not be
+    told the language (LSAR, arXiv 2401.05792). ValueError for more than L - 1 or H: there are no more.
+    """
+    if count > min(len(means) - 1, means.shape[1]):
+        raise ValueError(f"the means of {len(means)} languages in {means.shape[1]} dimensions differ in no {count} directions")
+    _, _, directions = torch.linalg.svd((means - means.mean(0)).double(), full_matrices=False)
+    return directions[:count].float()
 
 
 # ------------------------------------------------------------------------------------------------ model folders

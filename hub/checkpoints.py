@@ -526,14 +526,16 @@ def check_import(model, source, tokenizer, rows):
 @click.option("--data", required=True, type=click.Path(path_type=Path),
               help="The corpus: a folder that data.py prepared, or one of <code>.txt files.")
 @click.option("--vocab-size", default=64000, show_default=True, type=click.IntRange(1), help="Pieces to keep.")
-def trim_command(source, target, data, vocab_size):
+@click.option("--prior", is_flag=True, help="The corpus is a small sample of its languages: what the tokenizer itself expects of a "
+              "piece counts as much as how often it was seen.")
+def trim_command(source, target, data, vocab_size, prior):
     """Keep the pieces that a corpus needs: model folder SRC -> smaller model folder DST."""
     with refusals():
         model, tokenizer, vocabulary = load_model(source), load_vocabulary(source), read_vocabulary(source)
         counts = count_pieces(tokenizer, corpus_texts(data), model.config.vocab_size)
         if not counts.sum():
             raise ValueError(f"{data}: holds no text")
-        keep = choose_pieces(vocabulary, counts, vocab_size)
+        keep = choose_pieces(vocabulary, counts, vocab_size, prior)
         small = trim_model(model, keep)
         with new_folder(target, source) as folder:
             save_model(small, folder)

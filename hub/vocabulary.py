@@ -383,20 +383,27 @@ def read_vocabulary(folder: Path | str) -> SentencePieceModel | WordPiece:
     return model
 
 
-def choose_pieces(model: SentencePieceModel | WordPiece, counts: np.ndarray, size: int) -> np.ndarray:
+def choose_pieces(model: SentencePieceModel | WordPiece, counts: np.ndarray, size: int, prior: bool = False) -> np.ndarray:
     """Ids of the `size` pieces to keep, ascending; counts [V] says how often the corpus uses each.
 
     Always kept: specials, bytes, and the lowest-scored piece, which sets the price of an unknown character; so a
-    text whose pieces all stay is cut as before. Then the most frequent. A single character counts with every piece
+    text whose pieces all stay is cut as before. Then the most frequent; with `prior`, the largest geometric means of a
+    piece's count (plus 1) and its probability in the tokenizer itself. A single character counts with every piece
     that holds it, because where its longer pieces go, it is what is left of them. Raises ValueError when `size` is
-    too small for what is always kept or larger than V.
+    too small for what is always kept or larger than V, and for a prior of WordPiece, which has no probabilities.
     """
     unigram = isinstance(model, SentencePieceModel)
     texts = [piece[0] for piece in model.pieces] if unigram else model.pieces
     worth = counts.astype(np.float64)
+    if unigram:
+        kinds, scores = (np.array([piece[k] for piece in model.pieces]) for k in (2, 1))
+    if prior and not unigram:
+        raise ValueError("--prior needs the probabilities of a SentencePiece tokenizer; WordPiece has none")
+    if prior:
+        worth = np.sqrt((worth + 1) * np.where(kinds == NORMAL, np.exp(scores), 0))
     bare = [text.removeprefix("\u2581" if unigram else "##") for text in texts]
     characters: dict[str, float] = {}
-    for text, count in zip(bare, counts.tolist()):
+    for text, count in zip(bare, worth.tolist()):
         if count:
             for c in set(text):
                 characters[c] = characters.get(c, 0) + count
@@ -406,7 +413,6 @@ def choose_pieces(model: SentencePieceModel | WordPiece, counts: np.ndarray, siz
     always = np.zeros(len(texts), bool)
     always[:FIRST_PIECE] = True
     if unigram:
-        kinds, scores = (np.array([piece[k] for piece in model.pieces]) for k in (2, 1))
         always |= (kinds != NORMAL) & (kinds != UNUSED)
         always[np.where(kinds == NORMAL, scores, np.inf).argmin()] = True
         worth += 1e-9 * (scores - scores.min()) / max(1e-9, scores.max() - scores.min())   # ties: the better score

@@ -664,6 +664,20 @@ def test_trim_keeps_the_price_of_an_unknown_character(tokenizer_file):
             choose_pieces(model, np.zeros(len(model.pieces), np.int64), size)
 
 
+def test_trim_with_a_prior_keeps_what_a_small_corpus_has_not_shown(tokenizer_file):
+    """Of two pieces that were never seen the likelier one; but one that was seen often before one that is likely."""
+    model = SentencePieceModel.read(tokenizer_file)
+    words = [i for i, (text, _, kind) in enumerate(model.pieces) if kind == 1 and len(text.removeprefix("\u2581")) > 1]
+    likely, unlikely, seen = (sorted(words, key=lambda i: -model.pieces[i][1])[k] for k in (0, -2, -3))
+    counts = np.zeros(len(model.pieces), np.int64)
+    counts[seen] = 10 ** 12
+    order = [next(size for size in range(263, VOCAB + 1) if i in choose_pieces(model, counts, size, prior=True))
+             for i in (seen, likely, unlikely)]
+    assert order == sorted(order) and order[0] < order[1] < order[2]
+    with pytest.raises(ValueError, match="WordPiece has none"):
+        choose_pieces(WordPiece([*WORDPIECE_SPECIALS, "the"]), np.zeros(6, np.int64), 6, prior=True)
+
+
 # ------------------------------------------------------------------------------------------- students from layers
 
 @pytest.mark.parametrize("block", ["modern", "post"])

@@ -28,7 +28,7 @@ from launch import UserError
 from objective import Objective, batch_counts
 from options import TrainConfig
 from train import Run, World, schedule
-from unibert import UniBERT, UniBERTConfig, save_model, similarity_distillation
+from unibert import UniBERT, UniBERTConfig, language_directions, save_model, similarity_distillation
 from validation import evaluate
 
 REPO = pathlib.Path(train.__file__).parent
@@ -366,6 +366,43 @@ def test_anchors_are_the_teachers_vectors_of_the_first_texts(make_run):
     assert losses[1] == pytest.approx(losses[2], rel=1e-5) and losses[1] > 1.05 * losses[0]
     with pytest.raises(ValueError, match="--kd-anchors are what --kd-similarity-weight compares"):
         dataclasses.replace(TINY, kd_anchors=10)
+
+
+def test_similarities_are_compared_in_float32_under_autocast():
+    """In bfloat16 a cosine of 0.9 is known to 0.004: at temperature 0.02 the weights would be off by a fifth."""
+    torch.manual_seed(0)
+    teacher = 3 + torch.randn(2, 5, 32)                      # in a cone, as e5's
+    student, anchors, real = teacher + 0.3 * torch.randn(2, 5, 32), 3 + torch.randn(9, 32), torch.ones(2, 5, dtype=torch.bool)
+    wanted = similarity_distillation(student, teacher, real, 0.02, anchors)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(similarity_distillation(student, teacher, real, 0.02, anchors), wanted)
+
+
+def test_a_neutral_teacher_says_less_of_the_language(make_run):
+    """Along the directions taken out all languages have one mean; across them nothing has changed; it is what the student learns."""
+    teacher = make_run(seed=5).model.eval()
+    options = dict(kd_sentence_weight=1.0, mlm_weight=0.0)
+    plain, neutral = make_run(teacher, **options), make_run(teacher, **options, kd_neutral=2)
+    directions, centre = neutral.objective.directions, neutral.objective.centre
+    torch.testing.assert_close(directions @ directions.T, torch.eye(2))
+    batch, = plain.micro_batches(0)
+    real = batch.languages >= 0
+    before, after = (run.objective.teacher_vectors(batch)[real] for run in (plain, neutral))
+    torch.testing.assert_close((after - centre) @ directions.T, torch.zeros(len(after), 2), atol=1e-4, rtol=0)
+    across = torch.eye(len(centre)) - directions.T @ directions
+    torch.testing.assert_close(after @ across, before @ across, atol=1e-4, rtol=1e-4)
+
+    def between(vectors):                                    # of these sentences: other ones than the directions come from
+        means = torch.stack([vectors[batch.languages[real] == language].mean(0) for language in batch.languages[real].unique()])
+        return (means - means.mean(0)).square().sum() / (vectors - vectors.mean(0)).square().sum()
+    assert between(after) < 0.7 * between(before)
+    assert steps_of(plain, 1)[0]["loss"] != pytest.approx(steps_of(neutral, 1)[0]["loss"], rel=1e-3)
+    means = torch.tensor([[0.0, 0, 1], [0, 9, 1], [0, 18, 1]])                      # a line along the second axis
+    torch.testing.assert_close(language_directions(means, 1).abs(), torch.tensor([[0.0, 1, 0]]))
+    with pytest.raises(ValueError, match="3 languages in 3 dimensions differ in no 3 directions"):
+        language_directions(means, 3)
+    with pytest.raises(ValueError, match="--kd-neutral changes sentence vectors"):
+        dataclasses.replace(TINY, kd_neutral=2)
 
 
 def test_a_student_starts_from_the_layers_of_its_teacher(make_run):
