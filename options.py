@@ -20,6 +20,7 @@ from launch import UserError
 
 # Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
 DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
+WITHOUT_TEACHER = dict.fromkeys(DISTILLATION, 0.0) | {"kd_anchors": 0, "kd_neutral": 0}      # these two go with the last weights
 
 
 def option(default, text: str, choices: tuple[str, ...] = ()):

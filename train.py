@@ -41,7 +41,8 @@ from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
 from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
-from options import ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, TrainConfig, claimed, settle
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
+                     settle)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -473,7 +474,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         world.say("--teacher is not used: every distillation weight is 0")
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
-                                    adv_weight=0.0, init="", init_from_teacher="", kd_anchors=0, kd_neutral=0, **dict.fromkeys(DISTILLATION, 0.0))
+                                    adv_weight=0.0, init="", init_from_teacher="", **WITHOUT_TEACHER)
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")

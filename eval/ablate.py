@@ -31,12 +31,12 @@ import numpy as np
 import torch
 
 from eval import report, run, statistics, tasks
-from options import ATLAS_RECIPE, DISTILLATION, TrainConfig
+from options import ATLAS_RECIPE, DISTILLATION, WITHOUT_TEACHER, TrainConfig
 from files import write_atomically
 
 # Name -> (title, train.py options over those of the whole recipe).
-RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | dict.fromkeys(DISTILLATION, 0.0)),
-         "adversary": ("MLM + adversary", dict.fromkeys(DISTILLATION, 0.0)),
+RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | WITHOUT_TEACHER),
+         "adversary": ("MLM + adversary", WITHOUT_TEACHER),
          "distillation": ("MLM + distillation", {"adv_weight": 0.0}),
          "all": ("all", {})}
 FOLDERS = ("data", "eval_data", "teacher")

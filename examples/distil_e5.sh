@@ -7,7 +7,7 @@
 # Four students start from the same weights (8 layers of the teacher, pruned without training) and read the same batches: MLM alone,
 # with the adversary, with distillation, with both. Stages that are finished are not repeated: the same command goes on after a
 # stop. --minutes bounds all of this; two fifths of it are pretraining. Every figure ends in OUT/reports and OUT/RESULTS.md.
-#   --long      after them a fifth student, for so many steps (8000 took 98 minutes on 2 cores): how near to the teacher?
+#   --long      after them a fifth student, for so many steps of 8,192 tokens: how near to the teacher?
 #   --teacher   a hub folder of e5, or one that `unibert.py import` wrote; default: made from shared/ by its make_teacher.py
 #   --text      <code>.txt files, one sentence or paragraph a line;  --eval: see eval/tasks.py
 set -euo pipefail
@@ -42,12 +42,11 @@ if [ ! -f "$out/teacher/config.json" ]; then
 fi
 if [ ! -f "$out/trimmed/config.json" ]; then
     say "a third of the vocabulary"
-    python unibert.py trim "$out/teacher" "$out/trimmed" --data "$text" --vocab-size 83000
+    python unibert.py trim "$out/teacher" "$out/trimmed" --data "$text" --vocab-size 83000 --prior
 fi
 if [ ! -f "$out/data/manifest.json" ]; then
     say "data: every line a document"
-    mkdir -p "$out/lines"
-    for file in "$text"/*.txt; do sed G "$file" > "$out/lines/$(basename "$file")"; done
+    python examples/lines.py "$text" "$out/lines" "$out/trimmed/tokenizer.model"
     python data.py prepare "$out/lines" --out "$out/data" --tokenizer "$out/trimmed/tokenizer.model"
 fi
 if [ ! -f "$out/pruned/config.json" ]; then
@@ -60,10 +59,11 @@ fi
 recipe=(--data "$out/data" --teacher "$out/teacher" --teacher-prefix "query: " --init "$out/pruned" --device "$device"
         --max-length 64 --tokens-per-batch 4096 --alpha 0.5 --optimizer adamw --lr 3e-4 --decay 0.4 --eval-tokens 256
         --eval-every 1000000 --log-every 10 --save-every 200 --keep 1)
-adversary=(--adv-weight 0.05 --adv-level token)
-distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 5 --kd-similarity-temperature 0.02 --teacher-cache 1000000)
+adversary=(--adv-weight 0.5 --adv-level sequence --adv-layer 8)          # of sentence vectors, which is what is compared
+distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 5 --kd-similarity-temperature 0.02 --kd-neutral 16
+              --kd-anchors 4096 --teacher-cache 1000000)
 vectors=(--teacher-cache-file "$out/vectors")
-longer=(--mask-rate 0.05 --mlm-weight 0.2 --kd-anchors 4096 --lr 5e-4)        # not against MLM: for the vectors
+longer=(--tokens-per-batch 8192 --lr 6e-4 --mask-rate 0.05 --mlm-weight 0.2)          # not against MLM: for the vectors
 neither=(--adv-weight 0 --kd-weight 0)
 
 student() {  # NAME, steps, options: train, or go on
@@ -78,7 +78,7 @@ if [ ! -f "$out/steps" ]; then       # so many as one student with the teacher a
     say "measuring the speed"
     for what in mlm all; do
         extra=("${neither[@]}")
-        [ $what = mlm ] || extra=("${adversary[@]}" "${distillation[@]}")
+        [ $what = mlm ] || extra=("${adversary[@]}" "${distillation[@]}" --kd-neutral 0 --kd-anchors 0)   # read nothing beforehand
         rm -rf "$out/speed-$what"
         python train.py "${recipe[@]}" --out "$out/speed-$what" --steps 16 --log-every 4 "${extra[@]}" > "$out/speed.log" \
             || { tail -n 3 "$out/speed.log" >&2; exit 1; }

@@ -18,6 +18,7 @@ import train
 from data import prepare
 from eval import ablate, report, run
 from eval.__main__ import main
+from options import TrainConfig
 
 LANGUAGES = ("en", "ro", "ru", "zh")
 SIZES = {"preset": "tiny", "steps": 2, "teacher_steps": 2, "teacher_preset": "tiny", "tokens_per_batch": 1024, "max_length": 32,
@@ -63,6 +64,14 @@ def ladder(folder):
 
 def command(*arguments):
     return CliRunner().invoke(main, ["ablate", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("rung", ablate.RUNGS)
+def test_a_rung_takes_out_all_that_its_objective_had(rung):
+    """Options of distillation that go with a weight must leave with it: TrainConfig refuses them alone."""
+    config = TrainConfig(**dict(kd_similarity_weight=1.0, kd_anchors=100, kd_neutral=4, kd_sentence_weight=1.0) | ablate.RUNGS[rung][1])
+    assert (config.kd_similarity_weight, config.kd_anchors, config.kd_neutral) == ((1, 100, 4) if rung in ("distillation", "all") else (0, 0, 0))
+    assert bool(config.adv_weight) == (rung in ("adversary", "all"))
 
 
 def test_budgets_are_equal(ladder):
