@@ -18,16 +18,7 @@ import threading
 
 import torch
 
-from files import write_atomically
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Force a rename inside `folder` to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from files import sync_folder, write_atomically
 
 
 def sha256_of(path: pathlib.Path) -> str:

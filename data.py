@@ -33,7 +33,8 @@ from wiki.progress import progress
 from batches import (BOS, EOS, FORMAT, MIN_DOCUMENT, PAD, SPLITS, UNK, VERSION, Corpus, check_files, load_tokenizer,
                      manifest_digest, memory_map, mix64, ordered, read_manifest, sampling_probabilities)
 from wiki.curate import LanguageClassifier, near_duplicates
-from records import Output, digest, finish, finished, sync_folder, write
+from files import sync_folder
+from records import Output, digest, finish, finished, write
 from sources import EXCERPT, SAMPLES, Reading, clean, clean_part, is_text, list_parts, part_size
 # Training, evaluation and tests import these from here: data.py is the one door to the data.
 from batches import (FIRST_PIECE, IGNORE, MASK, MIN_SEQUENCE, BatchConfig, PackedBatch, Prefetcher, pack_sequences,  # noqa: F401

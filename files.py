@@ -26,6 +26,15 @@ def write_atomically(path: os.PathLike | str, chunks) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: os.PathLike | str) -> None:
+    """Force renames inside `folder` to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 # -------------------------------------------------------------------------------------------------- safetensors
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

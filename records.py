@@ -36,13 +36,6 @@ def write(path, data):
     return output.close()
 
 
-def sync_folder(folder):
-    """Forces renames inside a folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def digest(value):
     """sha256 of anything that JSON can hold, as 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
