@@ -2,30 +2,33 @@
 # multilingual-e5-small -> a student of a quarter of its layers' parameters and a third of its vocabulary, and what each objective
 # is worth.
 #
-#   bash examples/distil_e5.sh [--cpu] [--minutes M] [--long STEPS] [--out DIR] [--teacher DIR] [--text DIR] [--eval DIR]
+#   bash examples/distil_e5.sh [--cpu] [--minutes M] [--evaluate M] [--long STEPS] [--out DIR] [--teacher DIR] [--text DIR] [--eval DIR]
 #
 # Four students start from the same weights (8 layers of the teacher, pruned without training) and read the same batches: MLM alone,
 # with the adversary, with distillation, with both. Stages that are finished are not repeated: the same command goes on after a
 # stop. --minutes bounds all of this; two fifths of it are pretraining. Every figure ends in OUT/reports and OUT/RESULTS.md.
+#   --evaluate  minutes for the evaluation of each student, when a twelfth of --minutes is too little for NER and QA to be learnt
 #   --long      after them a fifth student, for so many steps of 8,192 tokens: how near to the teacher?
 #   --teacher   a hub folder of e5, or one that `unibert.py import` wrote; default: made from shared/ by its make_teacher.py
 #   --text      <code>.txt files, one sentence or paragraph a line;  --eval: see eval/tasks.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 shared=${UNIBERT_SHARED:-../shared}
-device=auto minutes=120 long=0 out=runs/e5 teacher="" text=$shared/data/text eval=$shared/data/eval
+device=auto minutes=120 evaluate=0 long=0 out=runs/e5 teacher="" text=$shared/data/text eval=$shared/data/eval
 while [ $# -gt 0 ]; do
     case $1 in
         --cpu) device=cpu; shift ;;
-        --minutes|--long|--out|--teacher|--text|--eval)
+        --minutes|--evaluate|--long|--out|--teacher|--text|--eval)
             [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
             declare "${1#--}=$2"; shift 2 ;;
-        *) sed -n '2,12p' "$0" >&2; echo "no option $1" >&2; exit 2 ;;
+        *) sed -n '2,13p' "$0" >&2; echo "no option $1" >&2; exit 2 ;;
     esac
 done
 [[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 5 ] || { echo "--minutes $minutes: a whole number from 5" >&2; exit 2; }
+[[ $evaluate =~ ^[0-9]+$ ]] || { echo "--evaluate $evaluate: a whole number of minutes" >&2; exit 2; }
 [[ $long =~ ^[0-9]+$ ]] || { echo "--long $long: a whole number of steps" >&2; exit 2; }
 [ -d "$text" ] && [ -d "$eval" ] || { echo "no folder $text or $eval; give --text and --eval" >&2; exit 2; }
+[ "$evaluate" -gt 0 ] && budget=$((evaluate * 60)) || budget=$((minutes * 5))
 mkdir -p "$out/reports"
 say() { echo "== $(date +%T) $*"; }
 
@@ -112,9 +115,9 @@ score() {  # NAME, model folder, options
         || { tail -n 3 "$out/eval-$name.log" >&2; exit 1; }
     mv "$out/unfinished.json" "$report"
 }
-score mlm "$out/mlm/final" --budget "$((minutes * 5))s" --to-the-end
+score mlm "$out/mlm/final" --budget "${budget}s" --to-the-end
 for name in adversary distillation all; do score "$name" "$out/$name/final" --like "$out/reports/mlm.json"; done
 [ $best = all ] || score long "$out/long/final" --like "$out/reports/mlm.json"
 score teacher "$out/teacher" --prefix "query: " --tasks retrieval,sts,neutrality --like "$out/reports/mlm.json"
 
-python examples/results.py "$out" --lines "$out/lines" --minutes "$minutes"
+python examples/results.py "$out" --lines "$out/lines" --options "--minutes $minutes --evaluate $evaluate --long $long"

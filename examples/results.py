@@ -1,6 +1,6 @@
 """The reports of distil_e5.sh, and tried.md, as one page: OUT/reports/*.json -> OUT/RESULTS.md; compact reports to commit.
 
-    python examples/results.py OUT --lines OUT/lines --minutes 30
+    python examples/results.py OUT --lines OUT/lines --options '--minutes 30'
     python -m eval compare examples/reports/mlm.json examples/reports/all.json        # from the committed ones
 """
 import json
@@ -141,15 +141,15 @@ def compact(value, most=100):
 @click.command()
 @click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--lines", required=True, type=click.Path(exists=True, file_okay=False), help="<code>.txt files for the speed.")
-@click.option("--minutes", required=True, type=int, help="What the run was given.")
+@click.option("--options", required=True, help="What distil_e5.sh was given; for the head of the page.")
 @click.option("--note", default="", help="A sentence for the head of the page: what was special about this run.")
-def main(out, lines, minutes, note):
+def main(out, lines, options, note):
     """Measure sizes and speed, then write OUT/RESULTS.md and OUT/compact/*.json and print the page."""
     folders = {"teacher": out / "teacher", "student": out / ("long" if "long" in students(out / "reports") else "all") / "final"}
     runs = {name: trained(out / name) for name in students(out / "reports")}
     facts = {"sizes": {name: sizes(folder) for name, folder in folders.items()}, "speed": speed(folders, lines),
              "steps": runs["mlm"]["steps"], "tokens": runs["mlm"]["tokens"], "seconds": sum(runs[name]["seconds"] for name in NAMES),
-             "long": runs.get("long"), "options": f"--minutes {minutes}" + (f" --long {runs['long']['steps']}" if "long" in runs else ""),
+             "long": runs.get("long"), "options": options,
              "date": time.strftime("%Y-%m-%d"), "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
              "load": f"Load average at the end {os.getloadavg()[1]:.1f}. {note}".strip(),
              "text": json.loads((out / "data" / "manifest.json").read_text())["sha256"]}
