@@ -393,8 +393,9 @@ def _mask(grid, config, key, corpus):
     """Masks grid [N, R] in place -> positions [M] in the flat grid, original ids [M].
 
     Each maskable position gets a random 64-bit key whose low 20 bits are the position itself; the smallest
-    round(mask_rate * R) keys of a row are its masked positions. With whole_word all pieces of a word share the
-    upper bits, so words are taken whole, until the count is full (which may cut the last one).
+    round(mask_rate * R) keys of a row are its masked positions, or fewer where MIN_SEQUENCE of it or more is padding.
+    With whole_word all pieces of a word share the upper bits, so words are taken whole, until the count is full (which
+    may cut the last one).
     """
     n_rows, row_tokens = grid.shape
     position, low = np.arange(row_tokens, dtype=np.uint64), np.uint64(2**20 - 1)
@@ -406,7 +407,10 @@ def _mask(grid, config, key, corpus):
     order = (_bits(key, 3, anchor) & ~low) | position
     order[special] = ~np.uint64(0)
     count = config.masked_per_row
-    order = np.partition(order, count - 1, axis=1)[:, :count]
+    order = np.sort(np.partition(order, count - 1, axis=1)[:, :count], axis=1)
+    padding = np.count_nonzero(grid == PAD, axis=1, keepdims=True)
+    wanted = np.where(padding < MIN_SEQUENCE, count, np.rint(config.mask_rate * (row_tokens - padding)))
+    order[np.arange(count) >= wanted] = ~np.uint64(0)       # a row of validation may be filled in part
     chosen = np.where(order == ~np.uint64(0), row_tokens, (order & low).astype(np.int64))
     chosen.sort(axis=1)
     valid = chosen < row_tokens

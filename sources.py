@@ -28,7 +28,7 @@ from wiki.wikipedia import Part
 INVISIBLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e"
                        "\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]")
 LANGUAGE = re.compile(r"[a-z][a-z0-9_-]*\.")      # start of a file name: a Wikipedia code
-DOWNLOAD = re.compile(r"\w+wiki-\d{8}-(cirrus|xml|xml-legacy)")      # a folder that `data.py download` makes
+DOWNLOAD = re.compile(r"\w+wiki-\d{4}-?\d{2}-?\d{2}-(cirrus|xml|xml-legacy)")      # a folder that `data.py download` makes
 PART_BYTES = 1 << 28                              # of a multistream dump; a constant, so that workers do not matter
 DOCUMENT_LIMIT = 1 << 26                          # bytes of a text's document: above, its blank lines are missing
 SAMPLES = 3                                       # pages kept for people to look at, a reason and language
@@ -123,6 +123,9 @@ def list_parts(source, languages=None, reading=Reading(), on_warning=print):
         elif languages is None or code in languages:
             pieces = 1 if reading.limit else 1 + path.stat().st_size // PART_BYTES
             parts += [part._replace(language=code) for part in wikipedia.split(path, pieces)]
+    if begun := sorted(source.rglob("*.part")) if source.is_dir() else ():
+        on_warning(f"{begun[0]}: a download that is not finished{', one of ' + str(len(begun)) if len(begun) > 1 else ''}; "
+                   "its dump is read as far as it is there: run the download again first")
     for code, group in itertools.groupby(dumps, key=lambda dump: dump[0]):
         downloads = sorted({path.parent.name for _, path in group if DOWNLOAD.fullmatch(path.parent.name)})
         if len(downloads) > 1:

@@ -27,7 +27,7 @@ __all__ = ["corpus", "parallel", "write", "ner", "nli", "qa", "sts", "tokens", "
 
 
 def corpus(seed=0):
-    """Training text. -> {code: documents}; a document is one line of 3 to 5 sentences about one entity.
+    """Training text. -> {code: documents}; a document is one line of a few sentences about one entity.
 
     A language gets about two thirds of the wordings, drawn by itself: the texts are comparable, not parallel.
     Besides statements there are questions with their answers and true negations.

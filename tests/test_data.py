@@ -316,6 +316,18 @@ def test_validation_batches_hold_each_document_once(corpus):
         validation_batches(held_out, config, ["aa", "zz"], 1024)
 
 
+def test_a_row_of_validation_that_is_filled_in_part_has_its_share_masked_and_no_more(corpus):
+    """The last row of each language, the only one of a small language: its few tokens must not all be predicted."""
+    held_out, config = Corpus(corpus.folder, "validation"), config_for(corpus)
+    for group in ("aa", "cc"):
+        for batch in validation_batches(held_out, config, group, 10**6, rows=3):
+            filled = (batch.tokens != PAD).view(3, -1).sum(1)
+            rows = batch.masked[batch.targets != IGNORE] // config.row_tokens
+            wanted = np.where(filled > config.row_tokens - 8, config.masked_per_row, np.rint(config.mask_rate * filled.numpy()))
+            assert (torch.bincount(rows, minlength=3).numpy() == wanted).all()
+            assert len(batch.masked) == 3 * config.masked_per_row                # shapes stay static
+
+
 def test_pack_sequences():
     tokens, cu_seqlens, longest = pack_sequences([[0, 9, 2], [], [0, 2]])
     assert tokens.tolist() == [0, 9, 2, 0, 2] and cu_seqlens.tolist() == [0, 3, 3, 5] and longest == 3

@@ -1,5 +1,6 @@
 """download.py against a local server with the faults of real ones."""
 import email.utils
+import errno
 import hashlib
 import json
 import signal
@@ -267,6 +268,36 @@ def test_resume_in_a_new_process(server, client, tmp_path):
     (tmp_path / "d/a.bin.etag").write_text('"v1"')
     dl.fetch(client, file, tmp_path)
     assert server.requests[0][1]["Range"] == "bytes=200000-" and (tmp_path / "d/a.bin").read_bytes() == DATA
+
+
+def test_a_whole_part_gets_its_name_without_a_request(server, client, tmp_path):
+    """Killed between the last byte and the renaming."""
+    file = one_file(server)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.bin.part").write_bytes(DATA)
+    (tmp_path / "d/a.bin.etag").write_text('"v1"')
+    assert dl.fetch(client, file, tmp_path)["verified"] == "sha256"
+    assert not server.requests and (tmp_path / "d/a.bin").read_bytes() == DATA and not leftovers(tmp_path)
+    (tmp_path / "d/a.bin.part").write_bytes(DATA[::-1])              # whole, and wrong: once more from the first byte
+    (tmp_path / "d/a.bin.etag").write_text('"v1"')
+    dl.fetch(client, file, tmp_path)
+    assert (tmp_path / "d/a.bin").read_bytes() == DATA
+
+
+def test_a_full_disk_ends_it_at_once(server, tmp_path, monkeypatch):
+    """No other attempt and no other file: the disk stays full."""
+    put_cirrus(server, 6)
+    real = dl._append
+
+    def full(response, part, total, on_bytes):
+        if "00001" in part.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.2)
+        real(response, part, total, on_bytes)
+    monkeypatch.setattr(dl, "_append", full)
+    result = run(server, tmp_path)
+    assert result.exit_code == 2 and "No space left on device" in result.output and "attempt" not in result.output
+    assert sum("00001" in path for path, _ in server.requests) <= 2 and len(dl.read_manifest(tmp_path / "x")) < 6
 
 
 def test_another_part_than_asked_for_is_not_joined(server, client, tmp_path):

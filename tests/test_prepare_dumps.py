@@ -434,13 +434,24 @@ def test_a_few_samples_of_what_was_dropped_are_kept(tmp_path):
 
 def test_two_downloads_of_a_wiki_are_told(tmp_path):
     warnings = []
-    for day in ("20251201", "20260101"):
+    for day in ("2025-12-01", "2026-01-01"):                          # as download names them
         (tmp_path / f"rowiki-{day}-xml").mkdir()
         (tmp_path / f"rowiki-{day}-xml" / "rowiki-x.xml").write_text(xml_dump("ro", [text("ro", 1)]))
         assert len(warnings) == 0
         parts = list_parts(tmp_path, on_warning=warnings.append)
     assert len(parts) == 2 and len(warnings) == 1
-    assert "2 dumps of ro, rowiki-20251201-xml, rowiki-20260101-xml" in warnings[0]
+    assert "2 dumps of ro, rowiki-2025-12-01-xml, rowiki-2026-01-01-xml" in warnings[0]
+
+
+def test_a_download_that_is_not_finished_is_told(tmp_path):
+    warnings, folder = [], tmp_path / "rowiki-20260105-cirrus"
+    folder.mkdir()
+    (folder / "rowiki-x.xml").write_text(xml_dump("ro", [text("ro", 1)]))
+    assert len(list_parts(tmp_path, on_warning=warnings.append)) == 1 and not warnings
+    for i in range(2):
+        (folder / f"rowiki-{i}.json.bz2.part").touch()
+    assert len(list_parts(tmp_path, on_warning=warnings.append)) == 1
+    assert len(warnings) == 1 and "rowiki-0.json.bz2.part: a download that is not finished, one of 2" in warnings[0]
 
 
 MEASURE = """

@@ -98,6 +98,8 @@ def test_redirects_and_disambiguation():
     assert is_disambiguation("A", "'''A''' is:\n* [[B]]\n{{disambig}}") and is_disambiguation("A (disambiguation)", "")
     assert is_disambiguation("A", "{{Begriffsklärung}}") and is_disambiguation("A", "{{Geo disambiguation|x}}")
     assert not is_disambiguation("A (town)", "'''A''' {{lang|la|B}} is a town.")
+    assert not is_disambiguation("A", "'''A''' lies in [[B]] {{disambiguation needed|date=May 2026}}.")
+    assert is_disambiguation("A", "x", "{{Infobox}}{{Disambig}}") and not is_disambiguation("A", "x" * 40_000, "{{Disambig}}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -437,6 +439,13 @@ def test_cirrus_oddities(tmp_path):
     path.write_text('{"index": {"_id": 7}}\r\n\r\n' + json.dumps(page | {"language": "ro"}) + "\r\n")
     (document,), warnings = read(path)
     assert document == ("ro", "7", "half ? a pair", "a pair \U0001F600, half of one ?") and not warnings
+    raw = json.dumps({"title": "a", "text": "x? y", "language": "ro"}).encode().replace(b"?", b"\xed\xa0\xbd")
+    path.write_bytes(raw)                                            # half a pair that no backslash announces
+    assert read(path)[0][0][3] == "x? y"
+    for template, kept in (("Module:Disambiguation", 1), ("Модуль:Disambiguation", 1), ("Modul:Disambig/x", 1),
+                           ("Modèle:Disambiguation", 0), ("Template:Disambig", 0), ("Template:Disambiguation needed", 1)):
+        path.write_text(json.dumps({"title": "a", "text": "b", "template": [template]}))
+        assert len(read(path)[0]) == kept, template
     path.write_text('{ "index": {"_id": 8} }\n{"title": "a", "text": "b"}')
     assert read(path) == ([("", "8", "a", "b")], [])                 # blanks where the server writes none
     for language in ("../../x", ["ro"], 5, None):                    # files are named by it

@@ -1,11 +1,11 @@
 """Which pages of a corpus are worth training on: one named function a filter, each of which can be counted.
 
-    lines, classifier = RepeatedLines(), LanguageClassifier.fit({"ro": texts, "sw": texts})
-    text, reason = curate(page, "ro", lines, classifier)      # reason "" = kept, or else a key of FILTERS
+    text, reason = curate(page, "ro", RepeatedLines())        # reason "" = kept, or else the name of a filter
+    LanguageClassifier.fit({"ro": texts, "sw": texts}).is_wrong(page, "ro")
 
 Filters see one page at a time and keep nothing of it, but for `RepeatedLines` (16 MiB, whatever the corpus) and
-`near_duplicates`, which takes 64 bytes a page. Duplicates to the letter are found by hash where the pages are
-stored. Thresholds are shares of characters; CCNet, mC4 and Gopher use filters of this kind (Wenzek et al. 2020, Xue
+`near_duplicates`, which takes 64 bytes a page. The classifier needs a sample of every language first. Duplicates to the
+letter are found by hash where the pages are stored. Thresholds are shares of characters; CCNet, mC4 and Gopher use filters of this kind (Wenzek et al. 2020, Xue
 et al. 2021, Rae et al. 2021).
 """
 import functools
@@ -94,14 +94,13 @@ def url_density(text, language):
 
 PAGE_FILTERS = {"length": too_short, "script": wrong_script, "digits and punctuation": digits_and_punctuation,
                 "URLs": url_density}
-FILTERS = (*PAGE_FILTERS, "boilerplate", "language")
 
 
-def curate(text, language, lines=None, classifier=None):
-    """A page through all filters -> (text without boilerplate lines, name of the filter that drops it or "").
+def curate(text, language, lines=None):
+    """A page through these filters -> (text without boilerplate lines, name of the filter that drops it or "").
 
-    lines: a `RepeatedLines`, which learns from the page; classifier: a `LanguageClassifier`; None skips their filters.
-    "boilerplate" is the reason for a page that is too short only after its repeated lines are out.
+    lines: a `RepeatedLines`, which learns from the page. "boilerplate" is the reason for a page that is too short
+    only after its repeated lines are out.
     """
     if too_short(text, language):
         return text, "length"
@@ -114,8 +113,6 @@ def curate(text, language, lines=None, classifier=None):
     for name, drops in PAGE_FILTERS.items():
         if drops(text, language):
             return text, name
-    if classifier is not None and classifier.is_wrong(text, language):
-        return text, "language"
     return text, ""
 
 
@@ -131,11 +128,14 @@ class RepeatedLines:
     A page of one line, as CirrusSearch has them, is taken by sentences.
 
     Counts are a count-min sketch (Cormode and Muthukrishnan 2005): two of 2^24 one-byte counters a line, the smaller
-    one taken; with ten million different lines fewer than one in fifty is counted too high by one.
+    one taken; with ten million different lines fewer than one in fifty is counted too high by one. After so many,
+    counts are halved, but for those of known boilerplate: else a hundred million lines would fill every counter.
     """
+    HALVED_AFTER = 10_000_000
+    _HALVES = bytes(c if c >= LINE_PAGES else c // 2 for c in range(256))
 
     def __init__(self):
-        self._counts = bytearray(1 << 24)
+        self._counts, self._added = bytearray(1 << 24), 0
 
     def strip(self, text):
         """text without the repeated ones among its lines. Lines under 25 characters always stay."""
@@ -154,9 +154,12 @@ class RepeatedLines:
                     counts[first] += 1
                 if counts[second] == count and second != first:
                     counts[second] += 1
+                self._added += 1
             elif line in seen:
                 continue                                        # twice on one page
             kept.append(line)
+        if self._added >= self.HALVED_AFTER:
+            self._counts, self._added = counts.translate(self._HALVES), 0
         return end.join(kept)
 
 
@@ -224,35 +227,42 @@ class LanguageClassifier:
 
     Pages in a wrong language are few, so that each language's own sample is right on the whole. A page is wrong only
     when another language fits better by `LANGUAGE_MARGIN` nats an n-gram, which neighbours such as Bosnian and
-    Croatian do not.
+    Croatian do not. A language written in two scripts (Serbian) is two distributions, of which the better counts: in one, the
+    rarer script would be as unlikely as it is rare.
     """
     BUCKETS = 1 << 16
     CHARACTERS = 600               # of a page are looked at, from three places
 
-    def __init__(self, languages, log_probabilities):
+    def __init__(self, languages, first, log_probabilities):
         self.languages = {language: i for i, language in enumerate(languages)}
-        self._log = log_probabilities                           # [BUCKETS, languages] float32
+        self._first = first                                     # [languages]: where a language's distributions begin
+        self._log = log_probabilities                           # [BUCKETS, distributions] float32
 
     @classmethod
     def fit(cls, samples, characters=300_000):
         """samples: {language: iterable of texts}; `characters` of each are used. ValueError below two languages."""
         if len(samples) < 2:
             raise ValueError("a language classifier needs samples of two languages or more")
-        counts = np.zeros((len(samples), cls.BUCKETS), np.float32)
-        for row, texts in zip(counts, samples.values()):
-            used = 0
+        counts, first = [], []
+        for language, texts in samples.items():
+            several, used, own = language in LANGUAGES and len(LANGUAGES[language].scripts) > 1, 0, {}
             for text in texts:
                 text = text[:characters - used]
+                script = int(_class_counts(text)[_FIRST_SCRIPT:].argmax()) if several else 0
+                row = own.setdefault(script, np.zeros(cls.BUCKETS, np.float32))
                 row += np.bincount(cls._buckets(text), minlength=cls.BUCKETS)
                 used += len(text)
                 if used >= characters:
                     break
+            first.append(len(counts))
+            counts += own.values() or [np.zeros(cls.BUCKETS, np.float32)]
+        counts = np.stack(counts)
         # Smoothed by what all languages have in common: a small sample is not punished for what it lacks.
         background = counts.sum(axis=0) + 1.0
         background /= background.sum()
         mass = np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
         share = 0.95 * counts / mass + 0.05 * background
-        return cls(samples, np.ascontiguousarray(np.log(share).T.astype(np.float32)))
+        return cls(samples, np.array(first), np.ascontiguousarray(np.log(share).T.astype(np.float32)))
 
     @classmethod
     def _buckets(cls, text):
@@ -272,11 +282,9 @@ class LanguageClassifier:
             middle = len(text) // 2
             text = " ".join((text[:third], text[middle:middle + third], text[-third:]))
         buckets = self._buckets(text)
-        return self._log[buckets].mean(axis=0) if len(buckets) else np.zeros(len(self.languages), np.float32)
-
-    def best(self, text):
-        """The language whose sample fits best."""
-        return list(self.languages)[int(self.scores(text).argmax())]
+        if not len(buckets):
+            return np.zeros(len(self.languages), np.float32)
+        return np.maximum.reduceat(self._log[buckets].mean(axis=0), self._first)
 
     def is_wrong(self, text, language):
         """True where another language fits clearly better. A language without a sample is never judged."""

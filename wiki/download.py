@@ -15,6 +15,7 @@ Sources (state of 2026):
 """
 import contextlib
 import email.utils
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import click
 
+from files import sync_folder
 from wiki.languages import LANGUAGES
 from wiki.progress import progress
 from wiki.wikipedia import wiki_name
@@ -54,6 +56,10 @@ class DownloadError(ValueError):
 
 class NotFound(DownloadError):
     """The server has no such file or folder."""
+
+
+class DiskError(DownloadError):
+    """Nothing more can be written here: no other file will fare better."""
 
 
 class Again(Exception):
@@ -132,6 +138,7 @@ class Client:
             except Again as again:
                 reason, retry_after, progress = again.args
             except (OSError, http.client.HTTPException) as error:
+                _not_the_disk(error)
                 reason = f"{type(error).__name__}: {error}"
             attempt = 1 if progress else attempt + 1
             if attempt == ATTEMPTS:
@@ -359,7 +366,7 @@ def fetch(client, file, out, on_bytes=lambda count: None):
         if file.checksum is None or found[file.checksum[0]] == file.checksum[1]:
             os.replace(part, target)
             _forget(_beside(target, ".etag"))
-            _sync(folder)
+            sync_folder(folder)
             return {"url": file.url, "size": total, "sha256": found["sha256"],
                     "verified": file.checksum[0] if file.checksum else "length"}
         on_bytes(-total)
@@ -375,6 +382,8 @@ def _transfer(client, file, target, on_bytes):
     if not tag_file.exists():                                   # no way to know that it is the same version
         _forget(part)
     on_bytes(_size(part))
+    if _size(part) == file.size:                                # stopped between the last byte and its name
+        return file.size
 
     def start_again():
         on_bytes(-_size(part))
@@ -406,6 +415,7 @@ def _transfer(client, file, target, on_bytes):
             try:
                 _append(response, part, total, on_bytes)
             except (OSError, http.client.HTTPException) as error:
+                _not_the_disk(error)
                 reason = f"{type(error).__name__}: {error}"
             else:
                 if total is None or _size(part) == total:
@@ -417,6 +427,12 @@ def _transfer(client, file, target, on_bytes):
         raise Again(reason, None, progress)
 
     return client.retry(file.url, action)
+
+
+def _not_the_disk(error):
+    """DiskError for an error of this machine's files, which no other attempt will mend; others are the network's."""
+    if getattr(error, "filename", None) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        raise DiskError(f"{getattr(error, 'filename', None) or 'the disk'}: {error.strerror}; run this again once that is mended") from None
 
 
 def _append(response, part, total, on_bytes):
@@ -456,14 +472,6 @@ def _forget(path):
     path.unlink(missing_ok=True)
 
 
-def _sync(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # All files
 
@@ -500,7 +508,7 @@ def _write_manifest(out, files):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(out)
+    sync_folder(out)
 
 
 def download(languages, out, source="cirrus", date="latest", contact=None, base_url=BASE_URL, dry_run=False,
@@ -585,6 +593,8 @@ def _download_all(client, files, out):
             for future in futures:
                 try:
                     future.result()
+                except DiskError:
+                    raise
                 except DownloadError as error:
                     failed = failed or error
         finally:

@@ -290,6 +290,11 @@ def clean_cirrus(text):
     return decode_entities(text).strip()
 
 
+# The namespace of Lua modules, which CirrusSearch counts among a page's templates: Module:Disambiguation serves many articles.
+_MODULE = re.compile("m(o|ó|ò|oo)d[uúüū]|mô đun|мод[уў]|մոդ|მოდ|モジュ|모듈|模[块塊組组]|وحدة|پودمان|ماڈیول|יחידה|मॉड्यू|विभाग|মডিউ|మాడ్యూ|"
+                     "ਮੌਡਿਊ|ಮಾಡ್ಯೂ|ഘടകം|มอดูล", re.IGNORECASE)
+
+
 def _read_cirrus(part, chunks, counts, opening_text):
     field = "opening_text" if opening_text else "text"
     index, number, bad, first_bad = b"", 0, 0, 0
@@ -304,11 +309,12 @@ def _read_cirrus(part, chunks, counts, opening_text):
             page = json.loads(line)
             title, text, templates = page.get("title") or "", page.get(field) or "", page.get("template") or ()
             page_id = page.get("page_id") or (json.loads(index)["index"]["_id"] if index else "")
-            templates = "".join("{{" + template.partition(":")[2] + "}}" for template in templates)
+            names = (template.partition(":") for template in templates)
+            templates = "".join("{{" + name + "}}" for prefix, _, name in names if not _MODULE.match(prefix))
             language = part.language or language_of(page.get("wiki") or "") or _plain_code(page.get("language"))
             if not (isinstance(title, str) and isinstance(text, str)):
                 raise TypeError
-            if b"\\u" in line:                                   # half a surrogate pair, which no file can hold
+            if b"\\u" in line or b"\xed" in line:               # half a surrogate pair, which no file can hold
                 title, text, page_id = (str(v).encode("utf-8", "replace").decode() for v in (title, text, page_id))
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             bad, first_bad, index = bad + 1, first_bad or number, b""
@@ -322,7 +328,7 @@ def _read_cirrus(part, chunks, counts, opening_text):
             counts["other namespace"] += 1
         elif page.get("content_model", "wikitext") != "wikitext":
             counts["other content model"] += 1
-        elif is_disambiguation(title, templates):
+        elif is_disambiguation(title, text, templates):
             counts["disambiguation"] += 1
         else:
             yield Document(language, str(page_id), title, clean_cirrus(text))

@@ -48,8 +48,9 @@ def is_redirect(text):
     return head.startswith("#") and len(text) < 2000 and _REDIRECT.match(head) is not None
 
 
-def is_disambiguation(title, text):
-    """True where the title's suffix or a template says that a page (under 30,000 characters) lists meanings."""
+def is_disambiguation(title, text, templates=None):
+    """True where the title's suffix or a template says that a page (under 30,000 characters) lists meanings.
+    templates: "{{a}}{{b}}", where the text does not hold them."""
     if title.endswith((")", "）")):
         suffix = title[:-1].replace("（", "(").rpartition("(")[2]
         if suffix.lower() in DISAMBIGUATION:
@@ -58,8 +59,10 @@ def is_disambiguation(title, text):
         return False
     if "__DISAMBIG__" in text:
         return True
-    for name in _TEMPLATE_NAME.findall(text):
+    for name in _TEMPLATE_NAME.findall(text if templates is None else templates):
         name = name.strip().lower().replace("_", " ")
+        if name.endswith(" needed") or "/" in name:              # a link in an article that leads to one; a list of such templates
+            continue
         if name in DISAMBIGUATION or name.startswith(("disambig", "desambig")) or name.endswith(" disambiguation"):
             return True
     return False
