@@ -34,14 +34,14 @@ def load(folder: os.PathLike | str, device: str | torch.device = "cpu"):
 
 def encode_masked(tokenizer, text: str) -> list[int]:
     """Text with [MASK] -> ids, <s> and </s> included. A word after a mask keeps its own leading space or none."""
-    ids = [BOS]
+    # SentencePiece puts a space before whatever it is given, but not between this character, which no text has, and the next.
+    ids, mark = [BOS], "\ue000"
     for i, part in enumerate(text.split("[MASK]")):
-        pieces = encode_text(tokenizer, part) if part.strip() else []
-        if i:
-            ids.append(MASK)
-            if pieces and not part[:1].isspace() and tokenizer.id_to_piece(pieces[0]) == "\u2581":
-                pieces = pieces[1:]
-        ids += pieces
+        ids += [MASK] if i else []
+        if i and part.strip() and not part[0].isspace():
+            ids += encode_text(tokenizer, mark + part)[len(encode_text(tokenizer, mark)):]
+        elif part.strip():
+            ids += encode_text(tokenizer, part)
     return ids + [EOS]
 
 

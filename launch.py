@@ -73,11 +73,11 @@ def keep_freed_memory() -> None:
 def end_of_rank(error: Exception) -> None:
     """Turn an error of one rank into its exit. Called in an `except` block.
 
-    Bad input fails on all ranks alike, and rank 0 says it. A lost connection means that another rank died, and
+    Bad input fails on all ranks of a machine alike, and the first there says it. A lost connection means that another rank died, and
     the launcher says which. Anything else is raised again.
     """
     if isinstance(error, (ValueError, click.ClickException)):
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         raise error if isinstance(error, click.ClickException) else UserError(str(error)) from error
     if dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "TCPStore")):

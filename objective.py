@@ -37,9 +37,10 @@ class Objective(nn.Module):
         self.adv_layer = config.adv_layer or (model.config.num_layers + 1) // 2
         if self.adv_layer > model.config.num_layers:
             raise ValueError(f"--adv-layer is {self.adv_layer}; the model has {model.config.num_layers} layers")
-        if teacher is not None and config.kd_relation_weight and hidden % teacher.config.num_heads:
-            raise ValueError(f"--kd-relation-weight cuts the student's {hidden} dimensions into as many heads as the teacher has, "
-                             f"and {hidden} is no multiple of {teacher.config.num_heads}; choose another --preset, or another weight")
+        inner = model.config.num_heads * model.config.head_dim                        # a pruned model's are not hidden_size
+        if teacher is not None and config.kd_relation_weight and inner % teacher.config.num_heads:
+            raise ValueError(f"--kd-relation-weight cuts the {inner} dimensions of the student's heads into as many as the teacher has, "
+                             f"and {inner} is no multiple of {teacher.config.num_heads}; choose another student, or another weight")
         self.register_buffer("prior", prior.float(), persistent=False)
         self.discriminator = LanguageDiscriminator(hidden, len(prior)) if config.adv_weight else None
         self.projection = None

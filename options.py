@@ -18,7 +18,7 @@ from batches import MIN_SEQUENCE
 from files import write_atomically
 from launch import UserError
 
-# Weights of what is learnt from a teacher; the first three compare token by token and need the teacher's tokenizer.
+# Weights of what is learnt from a teacher; the first three compare token by token, with what an own reading of the teacher can give (hub/reread.py).
 DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
 WITHOUT_TEACHER = dict.fromkeys(DISTILLATION, 0.0) | {"kd_anchors": 0, "kd_neutral": 0}      # these two go with the last weights
 
@@ -77,7 +77,7 @@ class TrainConfig:
                         ("auto", "float32", "bfloat16"))
     reduce_dtype: str = option("float32", "Of gradients on their way between processes; bfloat16 is half the traffic.",
                                ("float32", "bfloat16"))
-    # how it runs: nothing from here on changes what is learnt
+    # how it runs: nothing from here on changes what is learnt, but for rounding
     device: str = option("auto", "auto: CUDA where there is any.", ("auto", "cpu", "cuda"))
     log_every: int = option(50, "Steps between lines of the log.")
     eval_every: int = option(1000, "Steps between validations.")
@@ -152,6 +152,8 @@ def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, exte
             TrainConfig(**{n: saved[n] for n in names | {"steps"}})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} does not hold the options of a run ({type(error).__name__}: {error}); it is damaged") from None
+        if options["dtype"] == "auto":  # run.json says what it was
+            given = given - {"dtype"}
         changed = [f"--{n.replace('_', '-')} (was {saved[n]}, now {options[n]})" for n in sorted(given & saved.keys())
                    if options[n] != saved[n] and n not in RUNS_THE_SAME and not (extend and n == "steps")]
         if changed:

@@ -24,11 +24,11 @@ def parameters(c: UniBERTConfig) -> tuple[int, int]:
 
 
 def flops_per_token(model: UniBERTConfig, mask_rate: float, mean_length: float, teacher: UniBERTConfig | None = None,
-                    discriminator: bool = False) -> dict[str, float]:
+                    discriminator: bool = False, teacher_head: bool = True) -> dict[str, float]:
     """Useful matrix FLOPs a token of one training step, by part: 2 a weight forward, 4 backward, a teacher only forward.
 
     A token attends to `mean_length` others on average. Recomputation inside kernels is not useful work and not
-    counted. The discriminator is run twice forward (unibert.py) and once backward.
+    counted. The discriminator is run twice forward (unibert.py) and once backward. teacher_head: its predictions are wanted.
     """
     def encoder(c: UniBERTConfig) -> float:
         mlp = (3 if c.block == "modern" else 2) * c.hidden_size * c.intermediate_size
@@ -39,7 +39,7 @@ def flops_per_token(model: UniBERTConfig, mask_rate: float, mean_length: float, 
         return mask_rate * 2 * c.hidden_size * (c.vocab_size + c.hidden_size)
     parts = dict(encoder=3 * encoder(model), head=3 * head(model))
     if teacher:
-        parts["teacher"] = encoder(teacher) + head(teacher)
+        parts["teacher"] = encoder(teacher) + head(teacher) * teacher_head
     if discriminator:
         parts["discriminator"] = 8 * 2 * model.hidden_size * (model.hidden_size + model.n_languages)
     return parts

@@ -100,8 +100,9 @@ class Run:
     """Training of one model in one folder."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: World,
-                 teacher: UniBERT | None = None, reread: Reread | None = None):
+                 teacher: UniBERT | None = None, reread: Reread | None = None, top: pathlib.Path | None = None):
         self.config, self.corpus, self.out, self.world = config, corpus, out, world
+        self.top = top or out  # what --out was: a teacher that is trained first has a folder inside
         self.held_out = Corpus(corpus.folder, "validation", verify=False)
         cuda = config.device == "cuda"
         self.device = torch.device(f"cuda:{world.local_rank}" if cuda else "cpu")
@@ -129,7 +130,7 @@ class Run:
         self.model.checkpoint_activations = config.checkpoint_activations
         self.optimizers = make_optimizers(self.objective, config, fused=True)
         self.flops = sum(flops_per_token(model.config, config.mask_rate, config.max_length / 2, teacher.config if teacher else None,
-                                         config.adv_weight > 0).values())
+                                         config.adv_weight > 0, self.objective.predictions_of_teacher).values())
         name = torch.cuda.get_device_name(self.device) if cuda else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every,
@@ -138,7 +139,6 @@ class Run:
         self.adv_loss = 0.0  # the discriminator's on the last global batch
         self.stop_asked, self.stopping = 0.0, False  # when this process got a signal; all ranks know of one
         self.log = Log(out, config, self.rows * row) if world.rank == 0 else lambda record: None
-        self.top = out.parent if out.name == "teacher" else out  # what --out was
         if teacher is not None:
             self.study_teacher()
 
@@ -333,16 +333,15 @@ class Run:
                     self.log(record)
                     clock, since = now, self.tokens_seen
                 if self.skipped_in_a_row == 10:
-                    self.save()
-                    self.checkpoints.wait()
-                    raise UserError(f"the loss was not finite for 10 steps in a row, up to step {self.step}; the weights from "
-                                    f"before them are in {self.checkpoints.path(self.step)}. Lower --lr or --adv-weight")
+                    before = self.out / "before-nan"
+                    if world.rank == 0:
+                        save_model(self.model, before, self.corpus.tokenizer_path)
+                    raise UserError(f"the loss was not finite for 10 steps in a row, up to step {self.step}; the weights from before "
+                                    f"them are in {before}. Start a new run with --init {before} and a lower --lr or --adv-weight")
                 if self.step % config.save_every == 0 or last or self.stopping:
                     self.save()
                 if self.stopping and not last:
-                    self.checkpoints.wait()
-                    world.say(f"stopped after step {self.step}; go on with: python train.py --out {self.top} --resume")
-                    raise SystemExit(0)
+                    self.stop()
                 if self.step % config.eval_every == 0 and not last:
                     paused = time.perf_counter()
                     self.log(dict(step=self.step, validation=evaluate(self)))
@@ -355,13 +354,21 @@ class Run:
 
     # ---- saving
 
+    def stop(self) -> None:
+        self.checkpoints.wait()
+        self.world.say(f"stopped after step {self.step}; go on with: python train.py --out {self.top} --resume")
+        raise SystemExit(0)
+
     def save(self) -> None:
         if self.world.rank == 0:
-            if self.objective.remembered is not None:                # of several processes the first one's
-                self.objective.remembered.write()
             self.checkpoints.save(self.step, dict(
                 objective=self.objective.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
                 step=self.step, tokens_seen=self.tokens_seen, skipped=self.skipped, adv_loss=self.adv_loss))
+            if self.objective.remembered is not None:                # of several processes the first one's
+                try:
+                    self.objective.remembered.write()
+                except OSError as error:                             # a cache is not worth the run
+                    click.echo(f"--teacher-cache-file: {error.strerror}; training goes on without writing it", err=True)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one. Every rank reads it itself."""
@@ -393,12 +400,13 @@ class Run:
 # ------------------------------------------------------------------------------------------------- command line
 
 def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: World, title: str,
-                teacher: UniBERT | None = None, reread: Reread | None = None) -> UniBERT:
+                teacher: UniBERT | None = None, reread: Reread | None = None, top: pathlib.Path | None = None) -> UniBERT:
     """Train, or go on training, one model in `out`; returns it, evaluated and saved in out/final."""
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(config, corpus, out, world, teacher, reread)
+    run = Run(config, corpus, out, world, teacher, reread, top)
     run.resume()
-    if run.step == config.steps and (out / "final" / "config.json").is_file():  # written last
+    finished = out / "finished"  # written last; of an extended run it says that the shorter one was
+    if run.step == config.steps and finished.is_file() and finished.read_text() == str(run.step):
         world.say(f"{title}: finished before, in {out / 'final'}")
         return load_model(out / "final")
     if world.rank == 0:
@@ -410,17 +418,20 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
               f"tokens, {config.dtype} on {world.size} x {config.device}")
     before = evaluate(run) if run.objective.predictions_of_teacher and run.step == 0 else None
     handlers = {number: signal.signal(number, run.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    start = time.perf_counter()
+    start, known = time.perf_counter(), run.tokens_seen
     last = run.train()
-    seconds = time.perf_counter() - start
+    speed = (run.tokens_seen - known) / (time.perf_counter() - start)
     for number, handler in handlers.items():  # all is saved: what follows may be stopped at once, and is done again by --resume
         signal.signal(number, handler or signal.SIG_DFL)
+    if world.sum(torch.tensor(run.stop_asked, device=run.device)) > 0:  # in the last step, when no other looked for it
+        run.stop()
     scores = evaluate(run) | ({"before": before} if before else {})
     run.log(dict(step=run.step, validation=scores))
     if world.rank == 0:
         baseline = unigram_loss(run)
-        world.say("\n" + final_table(run, scores, baseline, last, seconds) + "\n")
+        world.say("\n" + final_table(run, scores, baseline, last, speed) + "\n")
         save_model(run.model, out / "final", corpus.tokenizer_path)
+        write_atomically(finished, [str(run.step).encode()])
     return run.model.eval()
 
 
@@ -475,7 +486,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
     elif distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
                                     adv_weight=0.0, init="", init_from_teacher="", **WITHOUT_TEACHER)
-        teacher = train_stage(first, corpus, out / "teacher", world, "teacher")
+        teacher = train_stage(first, corpus, out / "teacher", world, "teacher", top=out)
     elif distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")
     if config.init_from_teacher and teacher is None:
@@ -515,7 +526,7 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         try:
             c = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
             shape = dict(block=c.block, vocab_size=vocab_size, max_length=c.max_length)
-            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if c.kd_weight else None
+            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if any(getattr(c, n) for n in DISTILLATION) else None
             return click.echo(plan(UniBERTConfig.preset(c.preset, **shape), teacher, gpus=gpus, gpu=gpu, mfu=mfu, mask_rate=c.mask_rate,
                                    tokens=c.steps * c.tokens_per_batch if tokens is None else tokens,
                                    tokens_per_batch=c.tokens_per_batch, micro_batch_tokens=c.micro_batch_tokens,
@@ -531,7 +542,10 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
             return click.echo(ladder({n: options[n] for n in given}, out or "runs/ablation", say=click.echo))
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from None
-    nproc = nproc or max(1, torch.cuda.device_count() if options["device"] != "cpu" else 1)
+    if nproc is None:
+        nproc = max(1, torch.cuda.device_count() if options["device"] != "cpu" else 1)
+        if not options["data"] and "tokens_per_batch" not in given:  # the atlas makes few rows
+            nproc = max(n for n in range(1, nproc + 1) if ATLAS_RECIPE["tokens_per_batch"] // 1024 % n == 0)
     if out is None:
         runs = pathlib.Path("runs")
         if resume:

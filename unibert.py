@@ -315,7 +315,7 @@ class LanguageDiscriminator(nn.Module):
     """Two-layer perceptron that names the language of a hidden state.
 
     It sees layer-normalised features, so the encoder cannot win by mere scale. On raw features a reversed
-    discriminator was seen to diverge (shared notes; README, "What did not work").
+    discriminator was seen to diverge.
     """
 
     def __init__(self, hidden_size: int, n_languages: int, width: int | None = None):
@@ -397,10 +397,11 @@ def relation_distillation(student: Tensor, teacher: Tensor, cu_seqlens: Tensor, 
         score = keys[..., max_seqlen:-max_seqlen].mT @ keys / math.sqrt(keys.shape[3])       # [blocks, 3, h, L, 3 L]
         return F.log_softmax(score.masked_fill(~own[:, None, None], -1e9), dim=-1)
 
-    ours = relations(student)
-    with torch.no_grad():
-        theirs = relations(teacher)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(2).sum(1)                             # [blocks, L]
+    with torch.autocast(student.device.type, enabled=False):  # in bfloat16 small differences would be rounding alone
+        ours = relations(student)
+        with torch.no_grad():
+            theirs = relations(teacher)
+        kl = (theirs.exp() * (theirs - ours)).sum(-1).mean(2).sum(1)                         # [blocks, L]
     return kl.flatten()[:total] * (segment < cu_seqlens.shape[0] - 1)
 
 

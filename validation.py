@@ -45,7 +45,7 @@ def evaluate(run) -> dict:
     whole = totals.sum(0) / totals[:, 0].sum().clamp_min(1)
     order = np.argsort(-run.corpus.tokens_per_language, kind="stable")
     tiers = dict(zip(("most text", "middle", "least text"), np.array_split(order, 3)))
-    tier = {name: (totals[i].sum(0) / totals[i, 0].sum().clamp_min(1))[1].item() for name, i in tiers.items() if len(i)}
+    tier = {name: (totals[i, 1].sum() / totals[i, 0].sum()).item() for name, i in tiers.items() if totals[i, 0].sum()}
     scores = dict(mlm_loss=whole[1].item(), accuracy=whole[2].item(), tiers=tier,
                   languages={c: means[i, 1].item() for i, c in enumerate(run.corpus.languages) if totals[i, 0]})
     if teacher is not None:
@@ -65,8 +65,8 @@ def unigram_loss(run) -> float:
     return total / max(1, count)
 
 
-def final_table(run, scores: dict, baseline: float, last: dict, seconds: float) -> str:
-    """The end of a run in one screen."""
+def final_table(run, scores: dict, baseline: float, last: dict, speed: float) -> str:
+    """The end of a run in one screen. speed: tokens/s."""
     rows = [("validation MLM loss", f"{scores['mlm_loss']:.3f}", f"unigram model {baseline:.3f}"),
             ("masked tokens right", f"{scores['accuracy']:.1%}", "")]
     if "teacher_loss" in scores:
@@ -79,7 +79,6 @@ def final_table(run, scores: dict, baseline: float, last: dict, seconds: float) 
     for name, loss in scores["tiers"].items():
         rows.append((f"  MLM loss, languages with {name}", f"{loss:.3f}", ""))
     parameters = sum(p.numel() for p in run.model.parameters())
-    rows.append(("parameters", f"{parameters / 1e6:.2f} M", f"{run.tokens_seen:,} tokens in {seconds:.0f} s, "
-                                                             f"{run.tokens_seen / max(seconds, 1e-9):,.0f} tokens/s"))
+    rows.append(("parameters", f"{parameters / 1e6:.2f} M", f"{run.tokens_seen:,} tokens, {speed:,.0f} tokens/s"))
     rows.append(("loader alone", f"{run.loader_speed() / 1e6:.1f} M", "tokens/s on one core"))
     return "\n".join(f"{a:36}{b:>10}   {c}".rstrip() for a, b, c in rows)

@@ -112,6 +112,16 @@ def test_fill_mask_against_the_whole_softmax(folder):
         fill_mask(model, tokenizer, "nothing")
 
 
+def test_what_follows_a_mask_has_a_space_only_where_the_text_has_one(folder):
+    """The pieces around a mask are those of the whole word, wherever a piece's end may fall."""
+    _, tokenizer = load(folder)
+    for before, after in (("the fox", "es"), ("qu", "ick"), ("", "s are"), ("fox ", "!"), ("fox", ", and"), ("fox", " and")):
+        ids = encode_masked(tokenizer, f"{before}[MASK]{after}")
+        rest = ids[ids.index(MASK) + 1:-1]
+        assert tokenizer.decode(tokenizer.encode("x") + rest) == "x" + after, (before, after)
+        assert (tokenizer.id_to_piece(rest[0])[0] == "\u2581") == after.startswith(" ")
+
+
 def test_a_wordpiece_model_fills_masks_and_embeds(tmp_path):
     vocabulary = WordPiece(WORDPIECE_SPECIALS + ["the", "fox", "##es", "run"])
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from launch import UserError
 from objective import Objective, batch_counts
 from options import TrainConfig
 from train import Run, World, schedule
-from unibert import UniBERT, UniBERTConfig, language_directions, save_model, similarity_distillation
+from unibert import UniBERT, UniBERTConfig, language_directions, load_model, relation_distillation, save_model, similarity_distillation
 from validation import evaluate
 
 REPO = pathlib.Path(train.__file__).parent
@@ -437,7 +437,57 @@ def test_ten_bad_steps_stop_with_a_checkpoint(make_run, monkeypatch):
     monkeypatch.setattr(Objective, "loss", lambda self, sums, counts: sums.sum() * float("nan"))
     with pytest.raises(train.UserError, match="not finite for 10 steps in a row"):
         run.train()
-    assert run.checkpoints.load_newest()[0] == 10
+    saved, last = load_model(run.out / "before-nan"), run.model.state_dict()             # --init can go on from there
+    assert all(torch.equal(value, last[name]) for name, value in saved.state_dict().items())
+
+
+def test_relations_are_compared_in_float32_under_autocast():
+    torch.manual_seed(0)
+    teacher = torch.randn(30, 3, 4, 16)
+    student, ends = teacher + 0.02 * torch.randn(30, 3, 4, 16), torch.tensor([0, 10, 30], dtype=torch.int32)
+    wanted = relation_distillation(student, teacher, ends, 20, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(relation_distillation(student, teacher, ends, 20, 4), wanted)
+
+
+def test_relations_of_a_pruned_student_need_heads_that_can_be_cut_anew(make_run):
+    """Two of its four heads of 32: 64 dimensions, which a teacher's four heads divide and three would not."""
+    teacher = make_run(seed=5).model.eval()
+    small = UniBERT(dataclasses.replace(teacher.config, num_heads=2, head_size=32))
+    config = dataclasses.replace(TINY, kd_relation_weight=1.0)
+    prior = torch.full((5,), 0.2)
+    Objective(small, config, prior, teacher)
+    teacher.config = dataclasses.replace(teacher.config, num_heads=3, head_size=32)                      # 128 is no multiple either; 64 is what counts
+    with pytest.raises(ValueError, match="cuts the 64 dimensions of the student's heads"):
+        Objective(small, config, prior, teacher)
+
+
+def test_an_extended_run_is_not_finished_by_what_the_shorter_one_left(make_run, corpus, monkeypatch):
+    run = make_run(steps=2)
+    stage = lambda steps: train.train_stage(dataclasses.replace(TINY, steps=steps, eval_tokens=1024), corpus, run.out, World(), "model")  # noqa: E731
+    short = {name: value.clone() for name, value in stage(2).state_dict().items()}
+    with monkeypatch.context() as patch:                                 # killed after its last step, in its last validation
+        patch.setattr(train, "evaluate", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage(4)
+    assert any(not torch.equal(value, short[name]) for name, value in stage(4).state_dict().items())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda run: 1 / 0)
+        stage(4)                                                         # that one is
+
+
+def test_a_signal_in_the_last_step_stops_before_the_next_stage(make_run, corpus, monkeypatch, capsys):
+    run, step = make_run(steps=2), Run.train_step
+
+    def asked(self, *arguments):
+        record = step(self, *arguments)
+        if self.step == self.config.steps:
+            self.on_signal(15, None)
+        return record
+    monkeypatch.setattr(Run, "train_step", asked)
+    with pytest.raises(SystemExit):
+        train.train_stage(dataclasses.replace(TINY, steps=2), corpus, run.out / "teacher", World(), "teacher", top=run.out)
+    assert f"stopped after step 2; go on with: python train.py --out {run.out} --resume" in capsys.readouterr().out
 
 
 def test_processes_that_see_different_checkpoints_stop(make_run, monkeypatch):
@@ -507,7 +557,7 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
         (("--data", tmp_path / "none", "--out", tmp_path / "a"), "not found"),
         (("--data", corpus.folder, "--out", out), "--resume"),
         (("--data", corpus.folder, "--out", tmp_path / "b", "--resume"), "no run to resume"),
-        (("--out", out, "--resume", "--lr", "0.5"), "--lr (was"),
+        (("--out", out, "--resume", "--dtype", "auto", "--lr", "0.5"), "more: --lr (was"),
         (("--data", other, "--out", tmp_path / "c", "--teacher", out / "final"), "another tokenizer"),
         (("--data", corpus.folder, "--out", tmp_path / "d", "--teacher", tmp_path), "not a model folder"),
         (("--data", corpus.folder, "--out", tmp_path / "e", "--teacher", out / "final", "--max-length", "64"), "at most 32"),
