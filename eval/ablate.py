@@ -374,7 +374,7 @@ def table(reports, head=()):
         row = []
         for name in names:
             cells = [cell for cell in value["cells"] if cell["task"] == name]
-            by_seed = np.mean([cell["scores"] for cell in cells], axis=0)
+            by_seed = np.mean(list(zip(*(cell["scores"] for cell in cells))), axis=1)     # those that all cells have
             text = f"{by_seed.mean():.3f}" + (f" ±{by_seed.std(ddof=1):.3f}" if len(by_seed) > 1 else "")
             own = [cell["scores"] for cell in cells if cell["language"] == source.get(name)]
             row.append(text + (f" ({np.mean(own):.3f})" if own else ""))

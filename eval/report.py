@@ -119,6 +119,12 @@ def pairs(baseline, candidate):
         found.setdefault(b["task"], {})[f"{b['data']} {b['language']}"] = statistics.Cell(
             SCORES[b["task"]][2], *tables)
     notes = [f"{task}: {data}: {what}: {', '.join(codes)}" for (task, data, what), codes in cut.items()]
+    for task, row in found.items():                      # a budget may have cut one of a task's data sets to fewer
+        seeds = {len(cell.system) for cell in row.values()}
+        if len(seeds) > 1:
+            notes.append(f"{task}: only the first {min(seeds)} of {max(seeds)} seeds, which all its data sets have")
+            found[task] = {name: statistics.Cell(cell.score, cell.system[:min(seeds)], cell.baseline[:min(seeds)])
+                           for name, cell in row.items()}
     if only:
         notes.append(f"{only} cells that only one report has; left out")
     return found, notes
@@ -252,6 +258,9 @@ def settings_that_differ(baseline, candidate):
         for key in ("steps", "batch", "seeds", "share_of_test"):
             if other and other[key] != t[key]:
                 notes.append(f"{t['task']} on {t['data']}: {key} {t[key]} in the baseline, {other[key]} in the candidate")
+        if other and "budget" in t["stopped"] + other["stopped"]:
+            notes.append(f"{t['task']} on {t['data']}: a budget ended runs early: {t['steps_done']} steps done in the baseline, "
+                         f"{other['steps_done']} in the candidate")
     for name in sorted(set(baseline["data"]) & set(candidate["data"])):
         if baseline["data"][name] != candidate["data"][name]:
             notes.append(f"{name}: the files differ between the two reports")

@@ -378,6 +378,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     began = time.monotonic()
     name = training.task
     task = HEADS[name](tokenizer, model.config.max_length, training.train, prefix)
+    task.survey(training)
     dev_examples = training.dev[:DEV]
     train, dev = task.items(training.train, learn=True), task.items(dev_examples)
     scored = [(*target, task.items(target[3])) for target in training.targets]

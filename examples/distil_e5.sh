@@ -12,6 +12,7 @@
 #   --teacher   a hub folder of e5, or one that `unibert.py import` wrote; default: made from shared/ by its make_teacher.py
 #   --text      <code>.txt files, one sentence or paragraph a line;  --eval: see eval/tasks.py
 set -euo pipefail
+from=$PWD
 cd "$(dirname "$0")/.."
 shared=${UNIBERT_SHARED:-../shared}
 device=auto minutes=120 evaluate=0 long=0 out=runs/e5 teacher="" text=$shared/data/text eval=$shared/data/eval
@@ -20,23 +21,33 @@ while [ $# -gt 0 ]; do
         --cpu) device=cpu; shift ;;
         --minutes|--evaluate|--long|--out|--teacher|--text|--eval)
             [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
-            declare "${1#--}=$2"; shift 2 ;;
-        *) sed -n '2,13p' "$0" >&2; echo "no option $1" >&2; exit 2 ;;
+            value=$2
+            case $1 in --out|--teacher|--text|--eval) [[ $2 = /* ]] || value=$from/$2 ;; esac
+            declare "${1#--}=$value"; shift 2 ;;
+        *) sed -n '2,13p' examples/distil_e5.sh >&2; echo "no option $1" >&2; exit 2 ;;
     esac
 done
 [[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 5 ] || { echo "--minutes $minutes: a whole number from 5" >&2; exit 2; }
 [[ $evaluate =~ ^[0-9]+$ ]] || { echo "--evaluate $evaluate: a whole number of minutes" >&2; exit 2; }
 [[ $long =~ ^[0-9]+$ ]] || { echo "--long $long: a whole number of steps" >&2; exit 2; }
 [ -d "$text" ] && [ -d "$eval" ] || { echo "no folder $text or $eval; give --text and --eval" >&2; exit 2; }
+[ -d "$eval/retrieval" ] && [ -d "$eval/sts" ] || { echo "$eval lacks retrieval/ or sts/, by which the teacher is judged" >&2; exit 2; }
 [ "$evaluate" -gt 0 ] && budget=$((evaluate * 60)) || budget=$((minutes * 5))
 mkdir -p "$out/reports"
+[ -f "$out/options" ] || echo "--minutes $minutes --evaluate $evaluate" > "$out/options"
+[ "$(cat "$out/options")" = "--minutes $minutes --evaluate $evaluate" ] \
+    || { echo "$out was begun with $(cat "$out/options"); give these, or another --out" >&2; exit 2; }
+[ ! -f "$out/long/run.json" ] || [ "$long" = 0 ] || grep -q "\"steps\": $long," "$out/long/run.json" \
+    || { echo "$out/long was begun with another --long; give that, or another --out" >&2; exit 2; }
 say() { echo "== $(date +%T) $*"; }
 
 # ---- teacher, vocabulary, data
 
 if [ ! -f "$out/teacher/config.json" ]; then
     if [ -n "$teacher" ] && grep -q '"block"' "$teacher/config.json"; then
-        cp -r "$teacher" "$out/teacher"
+        rm -rf "$out/teacher" "$out/teacher.new"
+        cp -r "$teacher" "$out/teacher.new"
+        mv "$out/teacher.new" "$out/teacher"
     else
         say teacher
         [ -n "$teacher" ] || { teacher=$out/hub; python "$shared/tools/make_teacher.py" "$teacher"; }
@@ -75,6 +86,7 @@ student() {  # NAME, steps, options: train, or go on
     [ ! -f "$out/$name/run.json" ] || resume=(--resume)
     say "student: $name"
     python train.py "${recipe[@]}" --out "$out/$name" --steps "$steps" "$@" ${resume[@]+"${resume[@]}"}
+    [ -f "$out/$name/final/config.json" ] || exit 130              # stopped by Ctrl-C: train.py has saved and ended well
 }
 
 if [ ! -f "$out/steps" ]; then       # so many as one student with the teacher and three without make in two fifths of the time
@@ -85,6 +97,7 @@ if [ ! -f "$out/steps" ]; then       # so many as one student with the teacher a
         rm -rf "$out/speed-$what"
         python train.py "${recipe[@]}" --out "$out/speed-$what" --steps 16 --log-every 4 "${extra[@]}" > "$out/speed.log" \
             || { tail -n 3 "$out/speed.log" >&2; exit 1; }
+        [ -f "$out/speed-$what/final/config.json" ] || exit 130
     done
     python - "$minutes" "$out"/speed-{mlm,all}/metrics.jsonl > "$out/steps.new" <<'END'
 import json, sys
@@ -120,4 +133,4 @@ for name in adversary distillation all; do score "$name" "$out/$name/final" --li
 [ $best = all ] || score long "$out/long/final" --like "$out/reports/mlm.json"
 score teacher "$out/teacher" --prefix "query: " --tasks retrieval,sts,neutrality --like "$out/reports/mlm.json"
 
-python examples/results.py "$out" --lines "$out/lines" --options "--minutes $minutes --evaluate $evaluate --long $long"
+python examples/results.py "$out" --lines "$out/lines" --options "$(cat "$out/options") --long $long"

@@ -5,7 +5,8 @@
 A layer adds two sums to its input, out(mixed) of its heads and down(widened) of its neurons. From the first layer
 to the last, for each of the two: let c [T, A] be the columns that the output matrix reads, computed from the *pruned*
 model's states on T tokens of text, and r [T, H] what is missing from them to the original's residual sum. The fit with the
-columns S minimises |c_S W + b - r|^2: with the covariances G = cov(c, c) and B = cov(c, r), W = G_SS^-1 B_S. As r aims at the
+columns S minimises |c_S W + b - r|^2: with the covariances G = cov(c, c) and B = cov(c, r), W = G_SS^-1 B_S. (A layer without
+biases is fitted without b: then G and B are moments about zero.) As r aims at the
 original's own state, each fit also mends what the layers below got wrong. Which columns stay:
 
   heads     one is left out after another, the one whose loss costs the fit least (all refits are computed)
@@ -54,10 +55,11 @@ def calibration(folder: Path | str, tokenizer, tokens: int, length: int) -> tupl
 
 
 class Fit:
-    """Least squares of `missing` [T, H] on columns [T, A], both centred; `weight` [H] of the errors."""
+    """Least squares of `missing` [T, H] on columns [T, A], both centred where there is a bias to take the means; `weight` [H] of
+    the errors."""
 
-    def __init__(self, columns: Tensor, missing: Tensor, weight: Tensor):
-        self.means = columns.double().mean(0), missing.double().mean(0)
+    def __init__(self, columns: Tensor, missing: Tensor, weight: Tensor, bias: bool = True):
+        self.means = columns.double().mean(0) * bias, missing.double().mean(0) * bias
         self.weight = weight.double()
         size, out = columns.shape[1], missing.shape[1]
         self.gram, self.cross = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, out, dtype=torch.float64)
@@ -146,7 +148,7 @@ def prune(model: UniBERT, heads: int, intermediate_size: int, tokens: Tensor, cu
         scales = (new.attention_norm.weight, new.mlp_norm.weight) if post else [torch.ones(config.hidden_size)] * 2
 
         goal = states[number] + old.attend(states[number], layout)
-        fit = Fit(old.mixed(x, layout), goal - x, scales[0])
+        fit = Fit(old.mixed(x, layout), goal - x, scales[0], new.out.bias is not None)
         kept = fit.choose_heads(heads, config.head_dim)
         columns = columns_of(kept, config.head_dim)
         rows = torch.cat([columns + part * len(old.qkv.weight) // 3 for part in range(3)])
@@ -159,7 +161,7 @@ def prune(model: UniBERT, heads: int, intermediate_size: int, tokens: Tensor, cu
             middle = states[after - 1] + last.attend(states[after - 1], layout)
             middle = last.attention_norm(middle) if post else middle
         goal = middle + last.down(last.widened(middle))
-        fit = Fit(old.widened(x), goal - x, scales[1])
+        fit = Fit(old.widened(x), goal - x, scales[1], new.down.bias is not None)
         columns = fit.choose_neurons(intermediate_size)
         rows = columns if post else torch.cat([columns, columns + config.intermediate_size])   # values and gates
         put(new.up, old.up.weight[rows], old.up.bias, rows)

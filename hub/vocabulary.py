@@ -227,6 +227,7 @@ class WordPiece:
         self.strip_accents = lower_case if strip_accents is None else strip_accents
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         self._word = functools.lru_cache(1 << 16)(self._cut)           # natural text repeats its words
+        self._spread = functools.cache(self._normal)                   # and its characters
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -245,21 +246,21 @@ class WordPiece:
     def is_byte(self, i: int) -> bool:
         return False
 
-    def words(self, text: str) -> list[str]:
-        out = []
-        for c in text:
-            if c in "\t\n\r" or (category := unicodedata.category(c)) in ("Zs", "Zl", "Zp"):
-                out.append(" ")
-            elif c == "\ufffd" or category in ("Cc", "Cf", "Co"):
-                continue
-            else:
-                out.append(f" {c} " if self.split_cjk and _is_cjk(c) else c)
-        text = "".join(out)
+    def _normal(self, c: str) -> str:
+        """What a character becomes before the text is split at blanks. A Greek sigma at a word's end becomes a plain one."""
+        if c in "\t\n\r" or (category := unicodedata.category(c)) in ("Zs", "Zl", "Zp"):
+            return " "
+        if c == "\ufffd" or category in ("Cc", "Cf", "Co"):
+            return ""
+        text = f" {c} " if self.split_cjk and _is_cjk(c) else c
         if self.strip_accents:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        if self.lower_case:      # character by character: a Greek sigma at a word's end becomes a plain one
+        if self.lower_case:
             text = "".join(c.lower() for c in text)
-        return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
+        return "".join(f" {c} " if _is_punctuation(c) else c for c in text)
+
+    def words(self, text: str) -> list[str]:
+        return "".join(map(self._spread, text)).split()
 
     def _cut(self, word: str) -> list[int]:
         if len(word) > LONGEST_WORD:
@@ -282,6 +283,23 @@ class WordPiece:
             return [self.encode(one) for one in text]
         return [i for word in self.words(text) for i in self._word(word)]
 
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Text -> (ids as `encode` gives them, (begin, end) of each in `text`; an accent that was dropped belongs to its letter)."""
+        parts = [self._spread(c) for c in text]
+        origin = [i for i, part in enumerate(parts) for _ in part]
+        ids, spans = [], []
+        for match in re.finditer(r"\S+", "".join(parts)):
+            at, pieces = match.start(), self._word(match[0])
+            for i in pieces:
+                length = len(match[0]) if i == UNK else len(self.pieces[i]) - 2 * (at > match.start())      # "##"
+                end = origin[at + length - 1] + 1
+                while end < len(text) and not parts[end]:
+                    end += 1
+                spans.append((origin[at], end))
+                at += length
+            ids += pieces
+        return ids, spans
+
     def files(self) -> dict[str, bytes]:
         """vocab.txt, a piece a line in the order of the ids, and tokenizer_config.json, as on the model hub."""
         config = dict(tokenizer_class="BertTokenizer", do_lower_case=self.lower_case, strip_accents=self.strip_accents,
@@ -300,8 +318,12 @@ def read_wordpiece(folder: Path | str) -> tuple[WordPiece, list[int]]:
         config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
         options = (config.get("do_lower_case", True), config.get("strip_accents"),
                    config.get("tokenize_chinese_chars", True))
+        kind, first = config.get("tokenizer_class") or "BertTokenizer", config.get("word_tokenizer_type") or "basic"
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: its vocabulary cannot be read ({error})") from None
+    if first != "basic" or not re.fullmatch("(Bert|DistilBert|Electra|MobileBert|PreTrained)Tokenizer(Fast)?", kind):
+        raise ValueError(f"{settings}: {kind} splits text in a way of its own{'' if first == 'basic' else f' ({first})'}; "
+                         "only BERT's WordPiece can be imported")
     pieces = [piece.removesuffix("\r") for piece in (pieces if pieces[-1] else pieces[:-1])]
     rows = _in_our_order(pieces, WORDPIECE_SPECIALS, path)
     return WordPiece([pieces[i] for i in rows], *options), rows

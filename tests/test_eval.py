@@ -5,6 +5,7 @@ The model is tiny and its weights random; the data are the atlas.
 import dataclasses
 import json
 import random
+import types
 import unicodedata
 
 import numpy as np
@@ -16,6 +17,7 @@ import atlas
 from data import clean, encode_text, load_tokenizer, train_tokenizer
 from eval import finetune, metrics, ner, neutrality, nli, page, qa, report, retrieval, run, sts
 from eval.__main__ import main
+from hub.vocabulary import WORDPIECE_SPECIALS, WordPiece
 from unibert import UniBERT, UniBERTConfig, load_model, save_model
 
 LANGUAGES = ("en", "ro", "ru", "zh", "ar", "fi")
@@ -262,7 +264,12 @@ def test_ner_scores_only_shared_types_of_another_data_set(tokenizer):
     outputs = [np.eye(task.outputs)[[task.tags.index(t) for t in ("B-PER", "B-MISC", "O")]]]
     assert as_scored.columns(other, items, outputs).tolist() == [[1, 1, 1]]
     assert task.columns(other, items, outputs).tolist() == [[1, 2, 1]]            # the task itself is as it was
-    assert task.target("ner/train", "de", [ner.Sentence(("Ada",), ("B-PER",))]) == (task, None)
+    # What counts is what the data set has in all its languages, before a budget cuts it; in the training's own, all that was learnt.
+    alone = [ner.Sentence(("Ada",), ("B-PER",))]
+    task.survey(types.SimpleNamespace(data="ner/train", targets=[("ner/train", "de", "test", alone), ("ner/other", "sw", "test", other),
+                                                                 ("ner/other", "yo", "test", alone)]))
+    assert task.target("ner/train", "de", alone) == (task, None)
+    assert task.target("ner/other", "yo", alone)[1] == note
 
 
 def test_mlqa_has_its_own_normalisation_and_goes_to_other_processes(tokenizer):
@@ -314,6 +321,16 @@ def test_offsets_point_into_the_original_text(tokenizer, text):
         # One character can give several pieces ("ﬁ": f, i): the last of them has its span, the others are empty.
         if e > b and not tokenizer.is_byte(piece) and not tokenizer.is_unknown(piece):
             assert unicodedata.normalize("NFKC", clean(text[b:e])).endswith(word)
+
+
+def test_a_wordpiece_model_answers_questions():
+    """Windows and spans of a tokenizer that is not SentencePiece."""
+    words = "the river rises in hills above town".split()
+    task = qa.Spans(WordPiece([*WORDPIECE_SPECIALS, *words, "?", "where"]), 32)
+    questions = [qa.Question("1", 0, "The river rises in the hills above the town", "Where?", (qa.Answer("the hills", 19),))]
+    items = task.items(questions, learn=True)
+    outputs = [np.eye(len(items[0].rows))[list(items[0].targets)].T * 9.0]
+    assert task.columns(questions, items, outputs)[0].tolist() == [1, 1]
 
 
 def test_windows_cover_everything():
@@ -742,10 +759,22 @@ def test_percentages_are_of_baselines_that_every_seed_reaches():
 
 
 def test_trainings_that_differ_are_told():
-    one = {"task": "nli", "data": "nli/x", "source": "en", "steps": 9, "batch": 32, "seeds": [0], "share_of_test": 1.0}
+    one = {"task": "nli", "data": "nli/x", "source": "en", "steps": 9, "batch": 32, "seeds": [0], "share_of_test": 1.0,
+           "steps_done": [9], "stopped": ["steps"]}
     sides = [{"settings": {}, "data": {}, "training": [one]}, {"settings": {}, "data": {}, "training": [one | {"batch": 8}]}]
     assert report.settings_that_differ(sides[0], sides[0]) == []
     assert report.settings_that_differ(*sides) == ["nli on nli/x: batch 32 in the baseline, 8 in the candidate"]
+    sides[1]["training"] = [one | {"steps_done": [4], "stopped": ["budget"]}]          # what --like of a run that a budget ended does
+    assert report.settings_that_differ(*sides) == [
+        "nli on nli/x: a budget ended runs early: [9] steps done in the baseline, [4] in the candidate"]
+
+
+def test_a_task_whose_data_sets_have_other_numbers_of_seeds_is_compared_by_those_that_all_have():
+    cells = [{"task": "ner", "data": f"ner/{data}", "language": code, "n": 30, "digests": "0" * 240, "scores": [0.5] * seeds,
+              "examples": [[[1.0, 2.0, 1.0]] * 30] * seeds} for data, seeds in (("a", 3), ("b", 1)) for code in ("de", "fr")]
+    found, notes = report.pairs(*[{"cells": cells}] * 2)
+    assert {cell.system.shape for cell in found["ner"].values()} == {(1, 30, 3)}
+    assert notes == ["ner: only the first 1 of 3 seeds, which all its data sets have"]
 
 
 def test_a_language_is_one_difference_and_its_tasks_weigh_alike():

@@ -147,8 +147,19 @@ def test_wordpiece_by_hand(tmp_path):
     assert [cased.id_to_piece(i) for i in cased.encode("École ecole 東京")] == ["École", "ecole", "[UNK]"]
     for name, data in tokenizer.files().items():
         (tmp_path / name).write_bytes(data)
+    for config in ({"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "mecab"}, {"tokenizer_class": "RoFormerTokenizer"}):
+        with pytest.raises(ValueError, match=f"{config['tokenizer_class']} splits text in a way of its own"):
+            read_wordpiece(wordpiece_folder(tmp_path / "c", **config))
     again = load_vocabulary(tmp_path)
     assert again.pieces == tokenizer.pieces and again.encode("Unaffable") == tokenizer.encode("Unaffable")
+
+
+def test_wordpiece_offsets_point_into_the_text(tmp_path):
+    tokenizer, _ = read_wordpiece(wordpiece_folder(tmp_path))
+    text = "Unaffable,\u200b THE E\u0301cole東京 unaffx"
+    ids, spans = tokenizer.offsets(text)
+    assert ids == tokenizer.encode(text)
+    assert [text[a:b] for a, b in spans] == ["Un", "aff", "able", ",\u200b", "THE", "E\u0301cole", "東", "京", "unaffx"]
 
 
 @pytest.mark.parametrize("config", [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False},

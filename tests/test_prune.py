@@ -85,6 +85,14 @@ def test_choice_and_fit_both_help(block, monkeypatch):
     assert fitted < 0.95 * first < 0.9 * cut, (fitted, first, cut)
 
 
+def test_states_that_share_a_vector_are_fitted_with_it():
+    """A modern layer has no bias to put the means of a centred fit into."""
+    model = model_of("modern")
+    with torch.no_grad():
+        model.embedding.weight += 2 * model.embedding.weight.std() * torch.randn(64)
+    assert error(prune.prune(model, 2, 24, *batch()), model) < 0.1
+
+
 @pytest.mark.parametrize("block", ["modern", "post"])
 def test_layers_that_do_nothing_can_go(block):
     """The second layer adds nothing, so a model of the first and the third is the same one."""
