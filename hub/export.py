@@ -53,11 +53,11 @@ def their_config(model: UniBERT, kind: str) -> dict:
         return config | dict(
             norm_eps=c.norm_eps, norm_bias=False, attention_bias=False, mlp_bias=False, classifier_bias=False,
             decoder_bias=True, hidden_activation="gelu", classifier_activation="gelu", classifier_pooling="mean",
-            cls_token_id=BOS, sep_token_id=EOS, attention_dropout=c.dropout, embedding_dropout=c.dropout,
+            cls_token_id=BOS, sep_token_id=EOS, attention_dropout=0.0, embedding_dropout=c.dropout,
             mlp_dropout=c.dropout, global_attn_every_n_layers=c.global_every, global_rope_theta=c.rope_theta,
             local_rope_theta=c.local_rope_theta, local_attention=2 * (c.max_length - 1))
     config |= dict(hidden_act="gelu", layer_norm_eps=c.norm_eps, hidden_dropout_prob=c.dropout,
-                   attention_probs_dropout_prob=c.dropout, type_vocab_size=2)
+                   attention_probs_dropout_prob=0.0, type_vocab_size=2)
     if kind == "xlm-roberta":              # counts positions from pad_token_id + 1, and knows one type of token
         config |= dict(max_position_embeddings=c.max_length + PAD + 1, type_vocab_size=1)
     return config

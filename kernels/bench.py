@@ -237,7 +237,7 @@ def compare_steps(tables: list[tuple[Problem, list[Row]]], untouched: list, repo
 
 def time_untouched(problems: list[Problem], clock: Clock) -> list[tuple[Candidate, float]]:
     """Each bf16 step, ours and theirs, with its ms while glibc still returns freed memory: median of three after one
-    warm-up. (In fp32, where the products take most of the time, it made no difference: 5.1 s against 5.2 to 5.5.)"""
+    warm-up. (Not in fp32, whose peer takes seconds a step.)"""
     return [(c, float(np.median([clock(c.run) for _ in range(4)][1:])))
             for p in problems for c in p.candidates if p.dtype == torch.bfloat16]
 

@@ -110,17 +110,18 @@ def compile_one(source, options: dict, arch: int) -> tuple:
 
 def compile_share(kind: str, arch: int, share: int, shares: int) -> list[tuple]:
     """Compile every `shares`-th configuration of a kind. -> (name, registers, spilled bytes, shared memory in bytes,
-    tensor core instruction) of each."""
+    columns of tensor memory, tensor core instruction) of each."""
     rows = []
     for name, source, options in list(compile_configurations(kind, arch))[share::shares]:
         kernel, registers, spilled = compile_one(source, options, arch)
         unit = next((u for u in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if u in kernel.asm["ptx"]), "none")
-        rows.append((name, registers, spilled, kernel.metadata.shared, unit.split(".")[0]))
+        rows.append((name, registers, spilled, kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), unit.split(".")[0]))
     return rows
 
 
-def fault_of(arch: int, spilled_bytes: int, shared_bytes: int) -> str:
-    return "SPILLS" if spilled_bytes else "TOO LARGE" if shared_bytes > SHARED_KIB[arch] * 1024 else ""
+def fault_of(arch: int, spilled_bytes: int, shared_bytes: int, tensor_columns: int = 0) -> str:
+    """tensor_columns: of Blackwell's tensor memory, which has 512."""
+    return "SPILLS" if spilled_bytes else "TOO LARGE" if shared_bytes > SHARED_KIB[arch] * 1024 or tensor_columns > 512 else ""
 
 
 def compile_all(archs: list[int], report: Callable) -> bool:
@@ -135,8 +136,8 @@ def compile_all(archs: list[int], report: Callable) -> bool:
                    f"|{'-' * 46}|{'-' * 10}:|{'-' * 12}:|{'-' * 11}:|{'-' * 14}|-|")
             parts = [f.result() for f in futures]
             in_order = (part[i] for i in range(len(parts[0])) for part in parts if i < len(part))
-            for name, registers, spill, shared, unit in in_order:
-                fault = fault_of(arch, spill, shared)
+            for name, registers, spill, shared, columns, unit in in_order:
+                fault = fault_of(arch, spill, shared, columns)
                 bad, count = bad + bool(fault), count + 1
                 report(f"| {name:44} | {registers:9} | {spill:11} | {shared / 1024:10.1f} | {unit:12} | {fault} |")
     report(f"\n{count} configurations compiled in {time.perf_counter() - start:.0f} s, {bad} of them with a fault")

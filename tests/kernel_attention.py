@@ -256,9 +256,11 @@ def test_offsets_past_31_bits_on_a_gpu():
     block = torch.randn(length, 3, heads, head_dim, device="cuda", dtype=BF16)
     qkv = block.repeat(S, 1, 1, 1)
     cu_seqlens = torch.arange(S + 1, device="cuda", dtype=torch.int32) * length
-    alone = attention(*block.unbind(1), cu_seqlens[:2], length)
-    out = attention(*qkv.unbind(1), cu_seqlens, length)
-    assert qkv.numel() > 2**31 and torch.equal(out[-length:], alone)
+    g, results = torch.randn(length, heads, head_dim, device="cuda", dtype=BF16), []
+    for packed_, cu, gradient in ((block, cu_seqlens[:2], g), (qkv, cu_seqlens, g.repeat(S, 1, 1))):
+        out = attention(*packed_.requires_grad_().unbind(1), cu, length)
+        results.append((out.detach()[-length:], torch.autograd.grad(out, packed_, gradient)[0][-length:]))
+    assert qkv.numel() > 2**31 and all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @needs_gpu

@@ -318,3 +318,16 @@ def test_past_two_to_the_31_elements():
     torch.testing.assert_close(loss[-64:].double().cpu(), F.cross_entropy(
         F.linear(x[-64:].double(), weight.double(), bias.double()), target[-64:], reduction="none").cpu(),
         rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+def test_losses_do_not_synchronise_on_a_gpu():
+    x, weight, bias, target, *teacher = problem(300, 5000, 64, BF16, "cuda", teacher_width=96)
+    for warm in (True, False):
+        torch.cuda.set_sync_debug_mode("default" if warm else "error")
+        try:
+            loss = linear_cross_entropy(x, weight, bias, target, backend="triton")
+            ce, kl = linear_distillation(x, weight, bias, target, *teacher, backend="triton")
+            (loss.sum() + ce.sum() + kl.sum()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

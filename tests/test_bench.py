@@ -134,7 +134,8 @@ def test_tuning_runs_what_it_would_time(monkeypatch):
 def test_faults():
     assert fault_of(90, 8, 0) == "SPILLS"
     assert fault_of(80, 0, 164 * 1024) == "TOO LARGE"
-    assert fault_of(90, 0, 227 * 1024) == ""
+    assert fault_of(90, 0, 227 * 1024) == "" == fault_of(100, 0, 0, 512)
+    assert fault_of(100, 0, 0, 513) == "TOO LARGE"                    # Triton refuses to load it
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed")
@@ -145,8 +146,8 @@ def test_one_configuration_of_each_kind_compiles_for_hopper():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
     rows = [eval(line)[0] for line in done.stdout.splitlines()]
     assert len(rows) == 2, done.stderr[-2000:]
-    for name, registers, spill, shared, unit in rows:
-        assert 16 < registers <= 255 and fault_of(90, spill, shared) == "" and unit == "wgmma", name
+    for name, registers, spill, shared, columns, unit in rows:
+        assert 16 < registers <= 255 and fault_of(90, spill, shared, columns) == "" and unit == "wgmma", name
 
 
 @pytest.mark.parametrize("arguments, message", [
