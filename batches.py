@@ -384,13 +384,13 @@ def _assemble(corpus, config, key, language, start, length):
         within = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
         tokens[within + np.repeat(target[where], n)] = corpus._tokens[index][within + np.repeat(source[where], n)]
 
-    masked, targets = _mask(tokens.reshape(n_rows, row_tokens), config, key, corpus)
+    masked, targets = _mask(tokens.reshape(n_rows, row_tokens), config, key, corpus, left.ravel())
     return PackedBatch(torch.from_numpy(tokens), torch.from_numpy(cu_seqlens.astype(np.int32)), config.max_length,
                        torch.from_numpy(languages), torch.from_numpy(masked), torch.from_numpy(targets))
 
 
-def _mask(grid, config, key, corpus):
-    """Masks grid [N, R] in place -> positions [M] in the flat grid, original ids [M].
+def _mask(grid, config, key, corpus, padding):
+    """Masks grid [N, R], whose rows end in padding [N], in place -> positions [M] in the flat grid, original ids [M].
 
     Each maskable position gets a random 64-bit key whose low 20 bits are the position itself; the smallest
     round(mask_rate * R) keys of a row are its masked positions, or fewer where MIN_SEQUENCE of it or more is padding.
@@ -407,10 +407,10 @@ def _mask(grid, config, key, corpus):
     order = (_bits(key, 3, anchor) & ~low) | position
     order[special] = ~np.uint64(0)
     count = config.masked_per_row
-    order = np.sort(np.partition(order, count - 1, axis=1)[:, :count], axis=1)
-    padding = np.count_nonzero(grid == PAD, axis=1, keepdims=True)
-    wanted = np.where(padding < MIN_SEQUENCE, count, np.rint(config.mask_rate * (row_tokens - padding)))
-    order[np.arange(count) >= wanted] = ~np.uint64(0)       # a row of validation may be filled in part
+    order = np.partition(order, count - 1, axis=1)[:, :count]
+    for row in np.flatnonzero(padding >= MIN_SEQUENCE):     # of validation; those of training are full
+        order[row].sort()
+        order[row, round(config.mask_rate * (row_tokens - padding[row])):] = ~np.uint64(0)
     chosen = np.where(order == ~np.uint64(0), row_tokens, (order & low).astype(np.int64))
     chosen.sort(axis=1)
     valid = chosen < row_tokens

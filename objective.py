@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data import IGNORE, PackedBatch
 from hub.reread import Remembered, Reread, reader_of
-from options import DISTILLATION, TrainConfig
+from options import DISTILLATION, TrainConfig, rows_of
 from unibert import (LanguageDiscriminator, UniBERT, hidden_distillation, mean_pool, positions_of, relation_distillation,
                      similarity_distillation)
 
@@ -91,7 +91,7 @@ class Objective(nn.Module):
             theirs = self.neutral(mean_pool(teacher_hidden, reading[1])) if token_terms else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
-                n = batch.tokens.shape[0] // max(1024, config.max_length)
+                n = batch.tokens.shape[0] // rows_of(1, config.max_length)[1]
                 sums["similarity"] = similarity_distillation(ours.view(n, -1, ours.shape[-1]), theirs.view(n, -1, theirs.shape[-1]),
                                                              real.view(n, -1), config.kd_similarity_temperature, self.anchors).sum()
         if self.discriminator is not None:

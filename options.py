@@ -18,7 +18,7 @@ from batches import MIN_SEQUENCE
 from files import write_atomically
 from launch import UserError
 
-# Weights of what is learnt from a teacher; the first three compare token by token, with what an own reading of the teacher can give (hub/reread.py).
+# Weights of what is learnt from a teacher; the first three compare token by token (a teacher with another tokenizer: hub/reread.py).
 DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
 WITHOUT_TEACHER = dict.fromkeys(DISTILLATION, 0.0) | {"kd_anchors": 0, "kd_neutral": 0}      # these two go with the last weights
 
@@ -124,6 +124,12 @@ class TrainConfig:
             raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
         if self.init and self.init_from_teacher:
             raise ValueError("--init and --init-from-teacher are two ways to start; give one")
+
+
+def rows_of(tokens_per_batch: int, max_length: int) -> tuple[int, int]:
+    """A global batch's rows, which processes share, and the tokens of each."""
+    row = max(1024, max_length)
+    return max(1, tokens_per_batch // row), row
 
 
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",

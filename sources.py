@@ -124,8 +124,8 @@ def list_parts(source, languages=None, reading=Reading(), on_warning=print):
             pieces = 1 if reading.limit else 1 + path.stat().st_size // PART_BYTES
             parts += [part._replace(language=code) for part in wikipedia.split(path, pieces)]
     if begun := sorted(source.rglob("*.part")) if source.is_dir() else ():
-        on_warning(f"{begun[0]}: a download that is not finished{', one of ' + str(len(begun)) if len(begun) > 1 else ''}; "
-                   "its dump is read as far as it is there: run the download again first")
+        on_warning(f"{source}: downloads are not finished ({len(begun)} .part files, {begun[0].name} first), so that a part of their "
+                   "dumps is missing: run `data.py download` again first")
     for code, group in itertools.groupby(dumps, key=lambda dump: dump[0]):
         downloads = sorted({path.parent.name for _, path in group if DOWNLOAD.fullmatch(path.parent.name)})
         if len(downloads) > 1:

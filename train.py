@@ -41,7 +41,7 @@ from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
 from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
-from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, rows_of,
                      settle)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
@@ -108,10 +108,9 @@ class Run:
         self.device = torch.device(f"cuda:{world.local_rank}" if cuda else "cpu")
         self.autocast = (torch.autocast(self.device.type, torch.bfloat16) if config.dtype == "bfloat16"
                          else nullcontext())
-        row = max(1024, config.max_length)
+        self.rows, row = rows_of(config.tokens_per_batch, config.max_length)
         self.batch_config = BatchConfig(row_tokens=row, max_length=config.max_length, mask_rate=config.mask_rate,
                                         whole_word=config.whole_word, vocab_size=corpus.vocab_size)
-        self.rows = max(1, config.tokens_per_batch // row)
         if self.rows % world.size:
             raise UserError(f"--tokens-per-batch {config.tokens_per_batch} makes {self.rows} rows of {row} tokens, which "
                             f"{world.size} processes cannot share evenly; use a multiple of {row * world.size}")
@@ -544,8 +543,10 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
             raise UserError(str(error)) from None
     if nproc is None:
         nproc = max(1, torch.cuda.device_count() if options["device"] != "cpu" else 1)
-        if not options["data"] and "tokens_per_batch" not in given:  # the atlas makes few rows
-            nproc = max(n for n in range(1, nproc + 1) if ATLAS_RECIPE["tokens_per_batch"] // 1024 % n == 0)
+        if not options["data"]:  # the atlas makes few rows: as many processes as can share them evenly
+            sizes = ATLAS_RECIPE | {n: options[n] for n in given}
+            rows, _ = rows_of(sizes["tokens_per_batch"], sizes["max_length"])
+            nproc = max(n for n in range(1, nproc + 1) if rows % n == 0)
     if out is None:
         runs = pathlib.Path("runs")
         if resume:

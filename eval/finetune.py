@@ -119,12 +119,9 @@ class Task(abc.ABC):
     def mismatch(train, examples):
         """Why examples cannot be scored after training on `train`, in words, or None."""
 
-    def survey(self, training):
-        """Told of the `tasks.Training` before its targets are cut to fit a budget."""
-
     def target(self, name, language, examples):
         """The task as `language` of data set `name` is scored, and a note for the report, or None. A copy where that is
-        another one: the next seed's dev is scored as before."""
+        another one: dev is scored as before. examples: all that the data set has, in every language."""
         return self, None
 
     @abc.abstractmethod

@@ -112,7 +112,6 @@ class Tagging(finetune.Task):
     def __init__(self, tokenizer, max_length, train, prefix=""):
         super().__init__(tokenizer, max_length, train, prefix)
         self.known = self.scored = entity_types(train)
-        self.own, self.types = "", {}
         self.pieces = {}
         self.tags = sorted({tag for sentence in train for tag in sentence.tags} | {"O"})
         self.outputs = len(self.tags)
@@ -122,16 +121,10 @@ class Tagging(finetune.Task):
         here = entity_types(sentences)
         return "none of its entity types occurs in train" if here and not here & entity_types(train) else None
 
-    def survey(self, training):
-        self.own = training.data
-        for data, _, _, sentences in training.targets:
-            self.types.setdefault(data, set()).update(entity_types(sentences))
-
     def target(self, name, language, sentences):
-        """Score only the types that the model has learnt and the data set has, in whichever language; a note if some are
-        left out."""
-        here = self.types.get(name) or entity_types(sentences)
-        if name == self.own or here == self.known:
+        """Score only the types that the model has learnt and the data set has; a note if some are left out."""
+        here = entity_types(sentences)
+        if here == self.known:
             return self, None
         other = copy.copy(self)
         other.scored = self.known & here

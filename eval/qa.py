@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import BOS, EOS, UNK, clean, encode_text
 from eval import finetune, metrics, tasks
-from hub.vocabulary import WordPiece
 
 MAX_QUESTION = 64         # pieces
 STRIDE = 128              # pieces between the starts of two windows, as BERT's doc_stride
@@ -121,9 +120,7 @@ def offsets(tokenizer, text):
     SentencePiece undoes its own, `_origin` that of cleaning.
     """
     cleaned = clean(text)
-    if isinstance(tokenizer, WordPiece):
-        ids, spans = tokenizer.offsets(cleaned)
-    elif hasattr(tokenizer, "EncodeAsOffsetMapping"):                     # sentencepiece 0.2.3 and later
+    if hasattr(tokenizer, "EncodeAsOffsetMapping"):                       # sentencepiece 0.2.3 and later, and our WordPiece
         found = tokenizer.EncodeAsOffsetMapping(cleaned)
         ids, spans = found["ids"], found["offsets"]
     else:

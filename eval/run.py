@@ -378,7 +378,6 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     began = time.monotonic()
     name = training.task
     task = HEADS[name](tokenizer, model.config.max_length, training.train, prefix)
-    task.survey(training)
     dev_examples = training.dev[:DEV]
     train, dev = task.items(training.train, learn=True), task.items(dev_examples)
     scored = [(*target, task.items(target[3])) for target in training.targets]
@@ -412,17 +411,22 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     if plan.share < 1:
         scored = [(*where, *shorten((examples, items), max(50, int(plan.share * len(examples)))))
                   for *where, examples, items in scored]
+    whole = {training.data: list(training.train)}      # of each data set, before a budget cuts it
+    for data, _, _, examples in training.targets:
+        whole.setdefault(data, []).extend(examples)
     say(f"{name}: training on {training.data} {training.source} ({len(training.train):,} examples; {training.how})")
-    tables, done = [[] for _ in scored], []
+    tables, done, tasks_as_scored = [[] for _ in scored], [], []
+    for data, language, *_ in scored:
+        as_scored, note = task.target(data, language, whole[data])
+        tasks_as_scored.append(as_scored)
+        if note:
+            report.note(f"{data} {language}: {note}", say)
     for run, sweep in finetune.runs(encoder, task, train, dev, plan, dtype=dtype, first_seed=first_seed,
                                     deadline=float("inf") if to_the_end else deadline, pool=pool, workers=workers):
         done.append(run)
         finetune.extend(run.net, rest)
         say(f"  seed {run.seed}: lr {run.lr:g}, {run.steps} steps in {run.seconds:.0f} s, dev {run.dev:.3f}")
-        for table, (data, language, split, examples, items) in zip(tables, scored):
-            as_scored, note = task.target(data, language, examples)
-            if note and len(done) == 1:
-                report.note(f"{data} {language}: {note}", say)
+        for table, as_scored, (*_, examples, items) in zip(tables, tasks_as_scored, scored):
             table.append(finetune.evaluate(run.net, as_scored, examples, items, dtype=dtype)[1])
         run.net = None
     if any(run.stopped == "budget" for run in done):

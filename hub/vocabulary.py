@@ -237,9 +237,6 @@ class WordPiece:
     def id_to_piece(self, i: int) -> str:
         return self.pieces[i]
 
-    def piece_to_id(self, piece: str) -> int:
-        return self.ids.get(piece, UNK)
-
     def is_control(self, i: int) -> bool:
         return i < FIRST_PIECE and i != UNK
 
@@ -283,8 +280,9 @@ class WordPiece:
             return [self.encode(one) for one in text]
         return [i for word in self.words(text) for i in self._word(word)]
 
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Text -> (ids as `encode` gives them, (begin, end) of each in `text`; an accent that was dropped belongs to its letter)."""
+    def EncodeAsOffsetMapping(self, text: str) -> dict[str, list]:  # noqa: N802
+        """Text -> {"ids": as `encode` gives them, "offsets": (begin, end) of each in `text`}. An accent that was dropped belongs to
+        its letter."""
         parts = [self._spread(c) for c in text]
         origin = [i for i, part in enumerate(parts) for _ in part]
         ids, spans = [], []
@@ -298,7 +296,7 @@ class WordPiece:
                 spans.append((origin[at], end))
                 at += length
             ids += pieces
-        return ids, spans
+        return {"ids": ids, "offsets": spans}
 
     def files(self) -> dict[str, bytes]:
         """vocab.txt, a piece a line in the order of the ids, and tokenizer_config.json, as on the model hub."""

@@ -296,7 +296,7 @@ def matmul(a, b, out=None):
     if a.is_cuda and a.dtype != torch.float32:
         if out is None or out.dtype == torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32, out=out)
-        # Also where `out` is 16 bits wide: cuBLAS may add the parts of a long product in the dtype that it writes.
+        # Not straight into 16 bits: cuBLAS may add the parts of a long product in the dtype that it writes.
         return out.copy_(torch.mm(a, b, out_dtype=torch.float32))
     product = a.float() @ b.float()
     return product if out is None else out.copy_(product)

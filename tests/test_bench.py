@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from kernel_common import interpreted, needs_triton
 from kernels import bench, configurations
 from kernels.configurations import fastest, fault_of
 from kernels.peers import (Candidate, Problem, attention_problem, cross_entropy_problem, difference,
@@ -78,7 +79,7 @@ def test_every_peer_computes_the_same_thing(make, dtype):
         assert max(errors) < (1e-5 if dtype == torch.float32 else 0.03), candidate.name
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers, the peer, installed")
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the peer: pip install transformers")
 def test_the_step_of_the_peer_is_ours_with_the_same_weights():
     """Same weights, same sequences: loss and all gradients agree, packed or padded."""
     problem, _ = step_problems(2, 32, 2, 300, draw_lengths(10, 3, 20), CPU, compiled=False)
@@ -114,8 +115,8 @@ def test_tuning_takes_the_fastest_that_is_right():
     assert choose([(2,), (5,)]) == (1,) == state["pinned"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: only there is Triton's interpreter on")
+@needs_triton
+@interpreted
 def test_tuning_runs_what_it_would_time(monkeypatch):
     """Every kernel once, in the interpreter, with a candidate pinned; and the lines to paste are rows of the tables."""
     def first(pinned, candidates, pin, run, clock, repeats):
@@ -138,7 +139,7 @@ def test_faults():
     assert fault_of(100, 0, 0, 513) == "TOO LARGE"                    # Triton refuses to load it
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton installed")
+@needs_triton
 def test_one_configuration_of_each_kind_compiles_for_hopper():
     code = ("from kernels.configurations import compile_share\n"
             "for kind in ('attention', 'losses'): print(compile_share(kind, 90, 0, 1000))")

@@ -286,7 +286,7 @@ def test_a_whole_part_gets_its_name_without_a_request(server, client, tmp_path):
 
 def test_a_full_disk_ends_it_at_once(server, tmp_path, monkeypatch):
     """No other attempt and no other file: the disk stays full."""
-    put_cirrus(server, 6)
+    put_cirrus(server, 16)
     real = dl._append
 
     def full(response, part, total, on_bytes):
@@ -297,7 +297,8 @@ def test_a_full_disk_ends_it_at_once(server, tmp_path, monkeypatch):
     monkeypatch.setattr(dl, "_append", full)
     result = run(server, tmp_path)
     assert result.exit_code == 2 and "No space left on device" in result.output and "attempt" not in result.output
-    assert sum("00001" in path for path, _ in server.requests) <= 2 and len(dl.read_manifest(tmp_path / "x")) < 6
+    assert sum("00001" in path for path, _ in server.requests) <= 2             # its size, its bytes
+    assert len(dl.read_manifest(tmp_path / "x")) <= 8                           # what three at a time had begun
 
 
 def test_another_part_than_asked_for_is_not_joined(server, client, tmp_path):

@@ -130,7 +130,7 @@ def test_memory_stays_within_the_workspace():
         import re, torch, torch.nn.functional as F
         from pathlib import Path
         from kernels import linear_cross_entropy, linear_losses
-        n, v, d = 512, 120_000, 32
+        n, v, d = 512, 60_000, 32
         x, weight = torch.randn(n, d).requires_grad_(), torch.randn(v, d).requires_grad_()
         target = torch.randint(0, v, (n,))
         def ours(x, target):
@@ -152,13 +152,13 @@ def test_memory_stays_within_the_workspace():
             loss(x, target).backward()
             print(megabytes("VmHWM") - before)
     """)
-    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
-                          check=True, text=True, capture_output=True)
+    # A fixed threshold: glibc gives every tensor back as it is freed, and the peak is what is alive, not what lies between.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, check=True, text=True, capture_output=True)
     recomputed, saved, plain = map(float, done.stdout.split())
-    logits, dw = 512 * 120_000 * 4 / 2**20, 120_000 * 32 * 4 / 2**20       # MiB in float32: 234 and 15
-    few = 64                                      # three chunks of 8 MiB, and what glibc keeps of them in the arenas of two threads
-    assert recomputed < few + dw < logits / 2, done.stdout
-    assert saved < logits + few + dw, done.stdout
+    logits, dw = 512 * 60_000 * 4 / 2**20, 60_000 * 32 * 4 / 2**20         # MiB in float32: 117 and 7
+    assert recomputed < 40 + dw < logits / 2, done.stdout
+    assert saved < logits + 40 + dw, done.stdout
     assert plain > 1.8 * logits, done.stdout
 
 

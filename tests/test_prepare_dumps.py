@@ -432,15 +432,17 @@ def test_a_few_samples_of_what_was_dropped_are_kept(tmp_path):
     assert record["dropped"] == {"length": 50} and len(record["samples"]) == sources.SAMPLES
 
 
-def test_two_downloads_of_a_wiki_are_told(tmp_path):
+@pytest.mark.parametrize("first, second", [("20251201-cirrus", "20260101-cirrus"), ("2025-12-01-xml", "2026-01-01-xml"),
+                                           ("20251201-xml-legacy", "20260101-xml-legacy")])      # as download names them
+def test_two_downloads_of_a_wiki_are_told(tmp_path, first, second):
     warnings = []
-    for day in ("2025-12-01", "2026-01-01"):                          # as download names them
-        (tmp_path / f"rowiki-{day}-xml").mkdir()
-        (tmp_path / f"rowiki-{day}-xml" / "rowiki-x.xml").write_text(xml_dump("ro", [text("ro", 1)]))
+    for name in (first, second):
+        (tmp_path / f"rowiki-{name}").mkdir()
+        (tmp_path / f"rowiki-{name}" / "rowiki-x.xml").write_text(xml_dump("ro", [text("ro", 1)]))
         assert len(warnings) == 0
         parts = list_parts(tmp_path, on_warning=warnings.append)
     assert len(parts) == 2 and len(warnings) == 1
-    assert "2 dumps of ro, rowiki-2025-12-01-xml, rowiki-2026-01-01-xml" in warnings[0]
+    assert f"2 dumps of ro, rowiki-{first}, rowiki-{second}" in warnings[0]
 
 
 def test_a_download_that_is_not_finished_is_told(tmp_path):
@@ -451,7 +453,7 @@ def test_a_download_that_is_not_finished_is_told(tmp_path):
     for i in range(2):
         (folder / f"rowiki-{i}.json.bz2.part").touch()
     assert len(list_parts(tmp_path, on_warning=warnings.append)) == 1
-    assert len(warnings) == 1 and "rowiki-0.json.bz2.part: a download that is not finished, one of 2" in warnings[0]
+    assert len(warnings) == 1 and "not finished (2 .part files, rowiki-0.json.bz2.part first)" in warnings[0]
 
 
 MEASURE = """

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -104,8 +105,12 @@ def test_more_steps_with_extend(data, undisturbed, tmp_path):
     options = tuple("64" if o == "60" else o for o in OPTIONS)
     refused = finish(start(data, tmp_path / "run", "--resume", options=options), code=2)
     assert "--extend" in refused and "--steps (was 60, now 64)" in refused
-    finish(start(data, tmp_path / "run", "--resume", "--extend", options=options))
+    printed = finish(start(data, tmp_path / "run", "--resume", "--extend", options=options))
     assert steps_logged(tmp_path / "run") == list(range(1, 65))
+    # The speed is that of the steps that were made now, not of all there were.
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    fastest = max(row["tokens_per_second"] for row in rows if "tokens_per_second" in row and row["step"] > 60)
+    assert int(re.search(r"tokens, ([\d,]+) tokens/s", printed)[1].replace(",", "")) <= 1.1 * fastest
 
 
 # ------------------------------------------------------------------------------------------ one checkpoint

@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_run):
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(run.optimizers[0].state.values(), moments))
 
 
-def test_ten_bad_steps_stop_with_a_checkpoint(make_run, monkeypatch):
+def test_ten_bad_steps_stop_with_the_weights_of_before(make_run, monkeypatch):
     run = make_run()
     monkeypatch.setattr(Objective, "loss", lambda self, sums, counts: sums.sum() * float("nan"))
     with pytest.raises(train.UserError, match="not finite for 10 steps in a row"):
@@ -451,13 +451,13 @@ def test_relations_are_compared_in_float32_under_autocast():
 
 
 def test_relations_of_a_pruned_student_need_heads_that_can_be_cut_anew(make_run):
-    """Two of its four heads of 32: 64 dimensions, which a teacher's four heads divide and three would not."""
+    """Two of its four heads of 32: 64 dimensions, which are a multiple of a teacher's four heads and not of three."""
     teacher = make_run(seed=5).model.eval()
     small = UniBERT(dataclasses.replace(teacher.config, num_heads=2, head_size=32))
     config = dataclasses.replace(TINY, kd_relation_weight=1.0)
     prior = torch.full((5,), 0.2)
     Objective(small, config, prior, teacher)
-    teacher.config = dataclasses.replace(teacher.config, num_heads=3, head_size=32)                      # 128 is no multiple either; 64 is what counts
+    teacher.config = dataclasses.replace(teacher.config, num_heads=3, head_size=32)
     with pytest.raises(ValueError, match="cuts the 64 dimensions of the student's heads"):
         Objective(small, config, prior, teacher)
 
@@ -540,6 +540,16 @@ def test_fill_mask_and_embed(finished_run, tmp_path):
     (tmp_path / "v.npy").write_bytes(done.stdout)
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.shape == (3, 128) and np.isfinite(vectors).all() and not np.allclose(vectors[0], vectors[2])
+
+
+@pytest.mark.parametrize("options, wanted", [((), 4), (("--tokens-per-batch", "8192"), 8), (("--data", "x"), 6), (("--nproc", "3"), 3)])
+def test_processes_without_nproc(tmp_path, monkeypatch, options, wanted):
+    """One a GPU, here 8 or 6; of the atlas's four rows as many as can share them evenly."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6 if "--data" in options else 8)
+    monkeypatch.setattr(train, "launch", lambda program, nproc, arguments: asked.append(nproc) or 0)
+    assert CliRunner().invoke(train.main, ["--out", str(tmp_path / "run"), *options]).exit_code == 0
+    assert asked == [wanted]
 
 
 def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):

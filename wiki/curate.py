@@ -4,9 +4,9 @@
     LanguageClassifier.fit({"ro": texts, "sw": texts}).is_wrong(page, "ro")
 
 Filters see one page at a time and keep nothing of it, but for `RepeatedLines` (16 MiB, whatever the corpus) and
-`near_duplicates`, which takes 64 bytes a page. The classifier needs a sample of every language first. Duplicates to the
-letter are found by hash where the pages are stored. Thresholds are shares of characters; CCNet, mC4 and Gopher use filters of this kind (Wenzek et al. 2020, Xue
-et al. 2021, Rae et al. 2021).
+`near_duplicates`, which takes 64 bytes a page. The classifier needs a sample of every language first. Duplicates to
+the letter are found by hash where the pages are stored. Thresholds are shares of characters; CCNet, mC4 and Gopher use
+filters of this kind (Wenzek et al. 2020, Xue et al. 2021, Rae et al. 2021).
 """
 import functools
 import hashlib

@@ -431,8 +431,8 @@ def _transfer(client, file, target, on_bytes):
 
 def _not_the_disk(error):
     """DiskError for an error of this machine's files, which no other attempt will mend; others are the network's."""
-    if getattr(error, "filename", None) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-        raise DiskError(f"{getattr(error, 'filename', None) or 'the disk'}: {error.strerror}; run this again once that is mended") from None
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
+        raise DiskError(f"{error.filename or 'the disk'}: {error.strerror}; run this again once that is mended") from None
 
 
 def _append(response, part, total, on_bytes):
