@@ -15,6 +15,10 @@ original's own state, each fit also mends what the layers below got wrong. Which
 
 Errors of dimensions count as the norm behind them scales them. Structured pruning without training by such fits: ZipLM
 (arXiv 2302.04089), Kwon et al. (arXiv 2204.09656). Time: T * A^2 multiplications a layer for G, in float64.
+
+`--steps` goes on from the fit by gradients, on all layers at once (`heal`): every state of the pruned model aims at the original's state
+in the same place, token by token. That is far more to learn from than one vector a sentence, so it is a better start for distillation
+than the fit alone (examples/tried.md). The original reads each text once, and its states are kept.
 """
 from __future__ import annotations
 
@@ -173,6 +177,67 @@ def prune(model: UniBERT, heads: int, intermediate_size: int, tokens: Tensor, cu
     return small
 
 
+HEAL_BATCH, HELD_OUT = 8192, 2     # tokens a step; batches that are only looked at
+
+
+def heal(model: UniBERT, small: UniBERT, layers: list[int], tokens: Tensor, cu_seqlens: Tensor, steps: int, lr: float = 1e-3,
+         say=lambda line: None) -> None:
+    """Train the layers of `small`, which `prune` made of the `layers` of `model`, towards the states of `model` on a packed batch.
+
+    The loss of a layer is its states' squared error over the variance of their goals, a mean over tokens. Embeddings, norms outside
+    the layers and the head stay. Memory: len(layers) * hidden_size * 2 bytes a token of the batch. ValueError for too small a batch.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    goals = [*layers[1:], model.config.num_layers]               # where the layers dropped behind a kept one would have ended
+    sequences = list(tokens.split(cu_seqlens.diff().tolist()))
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
+    batches, now, size = [], [], 0
+    for i in order:                                              # languages mixed, as they were not before
+        now, size = [*now, sequences[i].tolist()], size + len(sequences[i])
+        if size >= HEAL_BATCH:
+            batches.append(pack_sequences(sorted(now, key=len)))      # neighbours of one length: one call of attention on the CPU
+            now, size = [], 0
+    if len(batches) <= HELD_OUT:
+        raise ValueError(f"{len(tokens)} tokens of text are too few for --steps; at least {(HELD_OUT + 1) * HEAL_BATCH + len(order)}")
+
+    def states_of(which: UniBERT, batch) -> list[Tensor]:
+        states: list[Tensor] = []
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            last = which.encode(*batch, states)
+        return [*states[:-1], last]                              # the last one after its norm, where there is one
+
+    def errors(batch, wanted) -> Tensor:
+        """Each layer's error [len(layers)] fp32."""
+        ours = states_of(small, batch)[1:]
+        apart = [(a.float() - b.float()).square().mean() / b.float().var(0).mean() for a, b in zip(ours, wanted)]
+        return torch.stack(apart)
+
+    model.to(device)
+    small.to(device)
+    batches = [(packed.to(device), ends.to(device), longest) for packed, ends, longest in batches]
+    with torch.no_grad():
+        batches = [(batch, [there[i].to(torch.bfloat16) for i in goals]) for batch in batches for there in [states_of(model, batch)]]
+    held_out, batches = batches[:HELD_OUT], batches[HELD_OUT:]
+    parameters = list(small.blocks.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    for step in range(steps + 1):
+        if step % 50 == 0 or step == steps:
+            with torch.no_grad():
+                now = sum(errors(*batch) for batch in held_out) / HELD_OUT
+            say(f"step {step:4d}/{steps}  error of each state, on held-out text: {' '.join(f'{e:.1%}' for e in now.tolist())}")
+        if step == steps:
+            break
+        for group in optimizer.param_groups:                     # warm-up, then constant, then down to zero
+            group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
+        torch.autograd.backward(errors(*batches[step % len(batches)]).sum(), inputs=parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.cpu()
+    small.cpu()
+
+
 def put(layer: nn.Linear, weight: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> None:
     """Fill a linear layer; one without bias does without."""
     layer.weight.copy_(weight)
@@ -188,16 +253,22 @@ def put(layer: nn.Linear, weight: Tensor, bias: Tensor | None, rows: Tensor | No
 @click.option("--heads", required=True, type=click.IntRange(1), help="Heads to keep in each layer.")
 @click.option("--intermediate-size", required=True, type=click.IntRange(1), help="MLP neurons to keep in each layer.")
 @click.option("--layers", help="Layers to keep, as in 0,1,3,5 (from 0). [default: all]")
-@click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1), help="Of text, all languages alike.")
+@click.option("--tokens", default=32768, show_default=True, type=click.IntRange(1), help="Of text to fit, all languages alike.")
+@click.option("--steps", default=0, show_default=True, type=click.IntRange(0), help=f"Of gradient after the fit, {HEAL_BATCH:,} tokens each.")
+@click.option("--heal-tokens", default=524288, show_default=True, type=click.IntRange(1), help="Of text for --steps, read again and again.")
 @click.option("--max-length", default=64, show_default=True, type=click.IntRange(4), help="Of its sequences.")
-def prune_command(source, target, data, heads, intermediate_size, layers, tokens, max_length):
+def prune_command(source, target, data, heads, intermediate_size, layers, tokens, steps, heal_tokens, max_length):
     """Keep the heads and neurons that matter most, fitted anew: model folder SRC -> smaller model folder DST."""
     with refusals():
         model, vocabulary = load_model(source), read_vocabulary(source)
-        batch = calibration(data, load_vocabulary(source), tokens, min(max_length, model.config.max_length))
+        text = Path(data), load_vocabulary(source)
+        longest = min(max_length, model.config.max_length)
         if layers is not None and not all(part.strip().isdigit() for part in layers.split(",")):
             raise ValueError(f"--layers is {layers!r}; it must be numbers of layers, as in 0,1,3,5")
-        small = prune(model, heads, intermediate_size, *batch, layers and [int(n) for n in layers.split(",")], say=click.echo)
+        layers = list(range(model.config.num_layers)) if layers is None else [int(n) for n in layers.split(",")]
+        small = prune(model, heads, intermediate_size, *calibration(*text, tokens, longest), layers, say=click.echo)
+        if steps:
+            heal(model, small, layers, *calibration(*text, heal_tokens, longest)[:2], steps, say=click.echo)
         with new_folder(target, source) as folder:
             pieces = source / "tokenizer.model"          # the same bytes, so that its data still fit
             save_model(small, folder, pieces if pieces.is_file() else None)

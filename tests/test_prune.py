@@ -124,6 +124,29 @@ def test_neurons_as_brute_force_finds_them():
     assert sorted(fit.choose_neurons(8).tolist()) == [k for k in range(9) if k != gone]
 
 
+@pytest.mark.parametrize("block", ["modern", "post"])
+def test_healing_brings_the_states_nearer(block, monkeypatch):
+    """On text that it has not seen, in every layer; and only the layers are changed."""
+    monkeypatch.setattr(prune, "HEAL_BATCH", 500)
+    model = model_of(block)
+    small = prune.prune(model, 2, 24, *batch(), layers=[0, 2])
+    before, start, said = {k: v.clone() for k, v in small.state_dict().items()}, error(small, model), []
+    prune.heal(model, small, [0, 2], *batch(6000)[:2], steps=60, lr=3e-3, say=said.append)
+    assert error(small, model) < 0.8 * start, (error(small, model), start)
+    first, last = ([float(word.rstrip("%")) for word in line.split(": ")[1].split()] for line in (said[0], said[-1]))
+    assert len(first) == 2 and all(b < a for a, b in zip(first, last)) and "60/60" in said[-1], said
+    changed = {k.split(".")[0] for k, v in small.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"blocks"}
+
+
+def test_a_whole_model_has_nothing_to_heal(monkeypatch):
+    """The goal of a kept layer is where the layers dropped behind it ended: with none dropped, its own state."""
+    monkeypatch.setattr(prune, "HEAL_BATCH", 500)
+    model, said = model_of("post"), []
+    prune.heal(model, model_of("post"), [0, 1, 2], *batch()[:2], steps=1, say=said.append)
+    assert [float(word.rstrip("%")) for word in said[0].split(": ")[1].split()] == pytest.approx([0, 0, 0], abs=0.1), said
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A model folder, its data, and the model pruned by the command."""
@@ -154,7 +177,8 @@ def test_command(folders):
     (["--heads", "2", "--intermediate-size", "49"], "intermediate size 49: the model's layers have 48"),
     (["--heads", "2", "--intermediate-size", "20", "--layers", "0,3"], "must be ascending numbers, the first 0, up to 2"),
     (["--heads", "2", "--intermediate-size", "20", "--layers", "0,x"], "it must be numbers of layers"),
-    (["--heads", "2", "--intermediate-size", "20", "--tokens", "50"], "tokens of text are too few to fit 48 neurons")])
+    (["--heads", "2", "--intermediate-size", "20", "--tokens", "50"], "tokens of text are too few to fit 48 neurons"),
+    (["--heads", "2", "--intermediate-size", "20", "--steps", "1", "--heal-tokens", "900"], "tokens of text are too few for --steps")])
 def test_what_is_refused(folders, tmp_path, arguments, words):
     done = CliRunner().invoke(prune.prune_command, [str(folders / "post"), str(tmp_path / "x"), "--data", str(folders / "data"), *arguments])
     assert done.exit_code == 2 and words in done.output and not (tmp_path / "x").exists(), done.output
