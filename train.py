@@ -39,7 +39,7 @@ from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
 from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
-from launch import UserError, World, average_in_bfloat16, end_of_rank, keep_freed_memory, launch, leave_group
+from launch import UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group
 from objective import Objective, batch_counts
 from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, rows_of,
                      settle)
@@ -449,8 +449,7 @@ def train_all(settings: dict, out: pathlib.Path) -> None:
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device; use --device cpu")
     if settings["dtype"] == "auto":
-        fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        settings["dtype"] = "bfloat16" if fast else "float32"
+        settings["dtype"] = str(default_dtype("cuda" if cuda else "cpu")).removeprefix("torch.")
     config = TrainConfig(**{f.name: settings[f.name] for f in dataclasses.fields(TrainConfig)} |
                          {"device": "cuda" if cuda else "cpu"})
     if config.cuda_graphs and not (cuda and config.compile):

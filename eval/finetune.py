@@ -144,13 +144,6 @@ class Task(abc.ABC):
 
 # ---- precision ----------------------------------------------------------------------------------------------
 
-def default_dtype(device):
-    """torch.bfloat16 where the device multiplies it faster than float32, as train.py decides."""
-    fast = (torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-            or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
 def precision(device, dtype):
     """Context in which matrix products are in `dtype`."""
     if dtype == torch.float32:

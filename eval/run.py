@@ -29,6 +29,7 @@ import torch
 from hub.vocabulary import load_vocabulary
 from eval import finetune, metrics, neutrality, retrieval, sts, tasks
 from files import write_atomically
+from launch import default_dtype
 from unibert import load_model
 
 FORMAT = "unibert-eval/1"
@@ -140,7 +141,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"{model_folder}: the model has {model.config.vocab_size:,} token ids, its tokenizer.model "
                          f"{len(tokenizer):,} pieces: it is the tokenizer of another model")
-    dtype = {"auto": finetune.default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    dtype = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     report = Report(model_folder, model, {
         "tasks": names, "prefix": prefix, "seeds": seeds, "limit": limit, "budget": budget, "device": device,
         "train_on": train_on, "like": like and like["model"]["sha256"], "dtype": str(dtype).removeprefix("torch.")})

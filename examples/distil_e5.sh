@@ -63,15 +63,15 @@ if [ ! -f "$out/data/manifest.json" ]; then
     python examples/lines.py "$text" "$out/lines" "$out/trimmed/tokenizer.model"
     python data.py prepare "$out/lines" --out "$out/data" --tokenizer "$out/trimmed/tokenizer.model"
 fi
+quarter=(--data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344)
 if [ ! -f "$out/pruned/config.json" ]; then
     say "a quarter of the layers' parameters"
-    python unibert.py prune "$out/trimmed" "$out/pruned" --data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344
+    python unibert.py prune "$out/trimmed" "$out/pruned" "${quarter[@]}"
 fi
 
 if [ "$long" -gt 0 ] && [ ! -f "$out/healed/config.json" ]; then      # long's start: 25 minutes on two cores, which the four have not
     say "the same, and then every layer learns the whole model's states"
-    python unibert.py prune "$out/trimmed" "$out/healed" --data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344 \
-        --tokens 131072 --steps 700 --heal-tokens 1048576
+    python unibert.py prune "$out/trimmed" "$out/healed" "${quarter[@]}" --tokens 131072 --steps 700 --heal-tokens 1048576
 fi
 
 # ---- four students

@@ -27,11 +27,13 @@ from pathlib import Path
 
 import click
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import BOS, EOS, encode_text, pack_sequences
 from hub.checkpoints import new_folder, save_vocabulary, texts_by_language
 from hub.vocabulary import load_vocabulary, read_vocabulary
+from launch import default_dtype
 from unibert import Layout, UniBERT, load_model, positions_of, refusals, rotary_table, save_model
 
 RIDGE = 1e-4       # of G's mean diagonal, added to it: columns that are copies of each other have no unique fit
@@ -180,57 +182,66 @@ def prune(model: UniBERT, heads: int, intermediate_size: int, tokens: Tensor, cu
 HEAL_BATCH, HELD_OUT = 8192, 2     # tokens a step; batches that are only looked at
 
 
-def heal(model: UniBERT, small: UniBERT, layers: list[int], tokens: Tensor, cu_seqlens: Tensor, steps: int, lr: float = 1e-3,
+def healing_batches(tokens: Tensor, cu_seqlens: Tensor) -> list[tuple[Tensor, Tensor, int]]:
+    """A packed batch of all languages -> packed batches of HEAL_BATCH tokens, languages mixed. ValueError for too few to learn from."""
+    sequences = [sequence.tolist() for sequence in tokens.split(cu_seqlens.diff().tolist())]
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
+    batches, chosen = [], []
+    for i in order:
+        chosen.append(sequences[i])
+        if sum(map(len, chosen)) >= HEAL_BATCH:
+            batches.append(pack_sequences(sorted(chosen, key=len)))     # neighbours of one length: one call of attention on the CPU
+            chosen = []
+    if len(batches) <= HELD_OUT:
+        raise ValueError(f"{len(tokens):,} tokens of text are too few for --steps; give --heal-tokens {2 * (HELD_OUT + 1) * HEAL_BATCH:,} "
+                         "or more, and as much text")
+    return batches
+
+
+def heal(model: UniBERT, small: UniBERT, layers: list[int], batches: list[tuple[Tensor, Tensor, int]], steps: int, lr: float = 1e-3,
          say=lambda line: None) -> None:
-    """Train the layers of `small`, which `prune` made of the `layers` of `model`, towards the states of `model` on a packed batch.
+    """Train the layers of `small`, which `prune` made of the `layers` of `model`, towards the states of `model` on `healing_batches`.
 
     The loss of a layer is its states' squared error over the variance of their goals, a mean over tokens. Embeddings, norms outside
-    the layers and the head stay. Memory: len(layers) * hidden_size * 2 bytes a token of the batch. ValueError for too small a batch.
+    the layers and the head stay. Memory: len(layers) * hidden_size * 2 bytes a token of the batches.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = default_dtype(device)
     goals = [*layers[1:], model.config.num_layers]               # where the layers dropped behind a kept one would have ended
-    sequences = list(tokens.split(cu_seqlens.diff().tolist()))
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
-    batches, now, size = [], [], 0
-    for i in order:                                              # languages mixed, as they were not before
-        now, size = [*now, sequences[i].tolist()], size + len(sequences[i])
-        if size >= HEAL_BATCH:
-            batches.append(pack_sequences(sorted(now, key=len)))      # neighbours of one length: one call of attention on the CPU
-            now, size = [], 0
-    if len(batches) <= HELD_OUT:
-        raise ValueError(f"{len(tokens)} tokens of text are too few for --steps; at least {(HELD_OUT + 1) * HEAL_BATCH + len(order)}")
 
-    def states_of(which: UniBERT, batch) -> list[Tensor]:
+    def states_of(which: UniBERT, tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
         states: list[Tensor] = []
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            last = which.encode(*batch, states)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            last = which.encode(tokens.to(device), cu_seqlens.to(device), max_seqlen, states)
         return [*states[:-1], last]                              # the last one after its norm, where there is one
 
-    def errors(batch, wanted) -> Tensor:
+    @torch.no_grad()
+    def read(batch) -> tuple[list[Tensor], Tensor]:
+        """The states to aim at, and the variance of each."""
+        states = states_of(model, *batch)
+        return [states[i].to(torch.bfloat16) for i in goals], torch.stack([states[i].float().var(0).mean() for i in goals])
+
+    def errors(batch, wanted: list[Tensor], variances: Tensor) -> Tensor:
         """Each layer's error [len(layers)] fp32."""
-        ours = states_of(small, batch)[1:]
-        apart = [(a.float() - b.float()).square().mean() / b.float().var(0).mean() for a, b in zip(ours, wanted)]
-        return torch.stack(apart)
+        ours = states_of(small, *batch)[1:]
+        return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(ours, wanted)]) / variances
 
     model.to(device)
     small.to(device)
-    batches = [(packed.to(device), ends.to(device), longest) for packed, ends, longest in batches]
-    with torch.no_grad():
-        batches = [(batch, [there[i].to(torch.bfloat16) for i in goals]) for batch in batches for there in [states_of(model, batch)]]
-    held_out, batches = batches[:HELD_OUT], batches[HELD_OUT:]
+    known = [(batch, *read(batch)) for batch in batches]
+    held_out, known = known[:HELD_OUT], known[HELD_OUT:]
     parameters = list(small.blocks.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
     for step in range(steps + 1):
         if step % 50 == 0 or step == steps:
             with torch.no_grad():
-                now = sum(errors(*batch) for batch in held_out) / HELD_OUT
-            say(f"step {step:4d}/{steps}  error of each state, on held-out text: {' '.join(f'{e:.1%}' for e in now.tolist())}")
+                left = sum(errors(*batch) for batch in held_out) / HELD_OUT
+            say(f"step {step:4d}/{steps}  error of each state, on held-out text: {' '.join(f'{e:.1%}' for e in left.tolist())}")
         if step == steps:
             break
         for group in optimizer.param_groups:                     # warm-up, then constant, then down to zero
             group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (0.4 * steps))
-        torch.autograd.backward(errors(*batches[step % len(batches)]).sum(), inputs=parameters)
+        torch.autograd.backward(errors(*known[step % len(known)]).sum(), inputs=parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -261,14 +272,14 @@ def prune_command(source, target, data, heads, intermediate_size, layers, tokens
     """Keep the heads and neurons that matter most, fitted anew: model folder SRC -> smaller model folder DST."""
     with refusals():
         model, vocabulary = load_model(source), read_vocabulary(source)
-        text = Path(data), load_vocabulary(source)
-        longest = min(max_length, model.config.max_length)
+        text, longest = (data, load_vocabulary(source)), min(max_length, model.config.max_length)
         if layers is not None and not all(part.strip().isdigit() for part in layers.split(",")):
             raise ValueError(f"--layers is {layers!r}; it must be numbers of layers, as in 0,1,3,5")
         layers = list(range(model.config.num_layers)) if layers is None else [int(n) for n in layers.split(",")]
+        batches = healing_batches(*calibration(*text, heal_tokens, longest)[:2]) if steps else []    # refused before the fit, not after it
         small = prune(model, heads, intermediate_size, *calibration(*text, tokens, longest), layers, say=click.echo)
         if steps:
-            heal(model, small, layers, *calibration(*text, heal_tokens, longest)[:2], steps, say=click.echo)
+            heal(model, small, layers, batches, steps, say=click.echo)
         with new_folder(target, source) as folder:
             pieces = source / "tokenizer.model"          # the same bytes, so that its data still fit
             save_model(small, folder, pieces if pieces.is_file() else None)
