@@ -63,15 +63,9 @@ if [ ! -f "$out/data/manifest.json" ]; then
     python examples/lines.py "$text" "$out/lines" "$out/trimmed/tokenizer.model"
     python data.py prepare "$out/lines" --out "$out/data" --tokenizer "$out/trimmed/tokenizer.model"
 fi
-quarter=(--data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344)
 if [ ! -f "$out/pruned/config.json" ]; then
     say "a quarter of the layers' parameters"
-    python unibert.py prune "$out/trimmed" "$out/pruned" "${quarter[@]}"
-fi
-
-if [ "$long" -gt 0 ] && [ ! -f "$out/healed/config.json" ]; then      # long's start: 25 minutes on two cores, which the four have not
-    say "the same, and then every layer learns the whole model's states"
-    python unibert.py prune "$out/trimmed" "$out/healed" "${quarter[@]}" --tokens 131072 --steps 700 --heal-tokens 1048576
+    python unibert.py prune "$out/trimmed" "$out/pruned" --data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344
 fi
 
 # ---- four students
@@ -83,7 +77,7 @@ adversary=(--adv-weight 0.5 --adv-level sequence --adv-layer 8)          # of se
 distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 5 --kd-similarity-temperature 0.02 --kd-neutral 16
               --kd-anchors 4096 --teacher-cache 1000000)
 vectors=(--teacher-cache-file "$out/vectors")
-longer=(--init "$out/healed" --tokens-per-batch 8192 --lr 3e-4 --mask-rate 0.01 --mlm-weight 0.2)      # not against MLM: for the vectors
+longer=(--tokens-per-batch 8192 --lr 6e-4 --mask-rate 0.05 --mlm-weight 0.2)          # not against MLM: for the vectors
 neither=(--adv-weight 0 --kd-weight 0)
 
 student() {  # NAME, steps, options: train, or go on
