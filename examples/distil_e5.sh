@@ -8,7 +8,8 @@
 # with the adversary, with distillation, with both. Stages that are finished are not repeated: the same command goes on after a
 # stop. --minutes bounds all of this; two fifths of it are pretraining. Every figure ends in OUT/reports and OUT/RESULTS.md.
 #   --evaluate  minutes for the evaluation of each student, when a twelfth of --minutes is too little for NER and QA to be learnt
-#   --long      after them a fifth student, for so many steps of 8,192 tokens: how near to the teacher?
+#   --long      after them a fifth student, healed first (25 minutes) and then trained for so many steps of 8,192 tokens: how near to
+#               the teacher? Not within --minutes
 #   --teacher   a hub folder of e5, or one that `unibert.py import` wrote; default: made from shared/ by its make_teacher.py
 #   --text      <code>.txt files, one sentence or paragraph a line;  --eval: see eval/tasks.py
 set -euo pipefail
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
             value=$2
             case $1 in --out|--teacher|--text|--eval) [[ $2 = /* ]] || value=$from/$2 ;; esac
             declare "${1#--}=$value"; shift 2 ;;
-        *) sed -n '2,13p' examples/distil_e5.sh >&2; echo "no option $1" >&2; exit 2 ;;
+        *) sed -n '2,14p' examples/distil_e5.sh >&2; echo "no option $1" >&2; exit 2 ;;
     esac
 done
 [[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 5 ] || { echo "--minutes $minutes: a whole number from 5" >&2; exit 2; }
@@ -63,9 +64,15 @@ if [ ! -f "$out/data/manifest.json" ]; then
     python examples/lines.py "$text" "$out/lines" "$out/trimmed/tokenizer.model"
     python data.py prepare "$out/lines" --out "$out/data" --tokenizer "$out/trimmed/tokenizer.model"
 fi
+quarter=(--data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344)
 if [ ! -f "$out/pruned/config.json" ]; then
     say "a quarter of the layers' parameters"
-    python unibert.py prune "$out/trimmed" "$out/pruned" --data "$out/data" --layers 0,1,2,3,5,7,9,11 --heads 8 --intermediate-size 344
+    python unibert.py prune "$out/trimmed" "$out/pruned" "${quarter[@]}"
+fi
+
+if [ "$long" -gt 0 ] && [ ! -f "$out/healed/config.json" ]; then      # long's start: 25 minutes on two cores, which the four have not
+    say "the same, and then every layer learns the whole model's states"
+    python unibert.py prune "$out/trimmed" "$out/healed" "${quarter[@]}" --tokens 131072 --steps 700 --heal-tokens 1048576
 fi
 
 # ---- four students
@@ -77,7 +84,7 @@ adversary=(--adv-weight 0.5 --adv-level sequence --adv-layer 8)          # of se
 distillation=(--kd-weight 0 --kd-sentence-weight 10 --kd-similarity-weight 5 --kd-similarity-temperature 0.02 --kd-neutral 16
               --kd-anchors 4096 --teacher-cache 1000000)
 vectors=(--teacher-cache-file "$out/vectors")
-longer=(--tokens-per-batch 8192 --lr 6e-4 --mask-rate 0.05 --mlm-weight 0.2)          # not against MLM: for the vectors
+longer=(--init "$out/healed" --tokens-per-batch 8192 --lr 3e-4 --mask-rate 0.01 --mlm-weight 0.2)      # not against MLM: for the vectors
 neither=(--adv-weight 0 --kd-weight 0)
 
 student() {  # NAME, steps, options: train, or go on
