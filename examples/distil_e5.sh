@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
             value=$2
             case $1 in --out|--teacher|--text|--eval) [[ $2 = /* ]] || value=$from/$2 ;; esac
             declare "${1#--}=$value"; shift 2 ;;
-        *) sed -n '2,14p' examples/distil_e5.sh >&2; echo "no option $1" >&2; exit 2 ;;
+        *) sed '1d;/^set /,$d' examples/distil_e5.sh >&2; echo "no option $1" >&2; exit 2 ;;
     esac
 done
 [[ $minutes =~ ^[0-9]+$ ]] && [ "$minutes" -ge 5 ] || { echo "--minutes $minutes: a whole number from 5" >&2; exit 2; }

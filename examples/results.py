@@ -91,9 +91,10 @@ def page(folder, facts):
     yield (f"| sentences/s, {s['threads']} thread(s) | {s['rate']['teacher']:.0f} | {s['rate']['student']:.0f} | "
            f"{s['ratio']:.2f} x |")
     if "long" in names:
+        longest = facts["long"]
         yield from ("", "**long** is the whole recipe once more, from a healed start and with options of its own (examples/distil_e5.sh): "
-                    f"{facts['long']['steps']:,} steps, {facts['long']['tokens'] / 1e6:.1f} M tokens, {facts['long']['seconds'] / 60:.0f} minutes. It answers how near to the teacher "
-                    "the recipe comes, not what an objective is worth: no other student had its time.")
+                    f"{longest['steps']:,} steps, {longest['tokens'] / 1e6:.1f} M tokens, {longest['seconds'] / 60:.0f} minutes. "
+                    "It answers how near to the teacher the recipe comes, not what an objective is worth: no other student had its time.")
     yield from ("", "## Share of the teacher's score kept", "",
                 "| | teacher | " + " | ".join(names.values()) + " |", "|---|---:|" + "---:|" * len(names))
     shares = {name: kept(reports["teacher"], reports[name]) for name in names}
