@@ -151,11 +151,10 @@ class Block(nn.Module):
 
     def mixed(self, x: Tensor, layout: Layout) -> Tensor:
         """x [T, H] -> what each head has gathered, side by side [T, heads * head_dim]."""
-        qkv = self.heads(x)
-        qk, v = qkv[:, :2], qkv[:, 2]
+        qk, v = self.heads(x).split((2, 1), dim=1)      # not by slices: each one's gradient would be a tensor of all three, mostly zeros
         if layout.cos is not None:
             qk = rotate(qk, layout.cos, layout.sin)
-        return layout.mix(qk[:, 0], qk[:, 1], v).flatten(1)
+        return layout.mix(*qk.unbind(1), v.squeeze(1)).flatten(1)
 
     def attend(self, x: Tensor, layout: Layout) -> Tensor:
         return F.dropout(self.out(self.mixed(x, layout)), self.dropout, self.training)
