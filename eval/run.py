@@ -59,22 +59,28 @@ def folder_hash(folder):
 
 
 def load(data, task, limit=None):
-    """[(DataSet, {language: {split: [examples]}})] of one task; at most `limit` examples a split (the first).
+    """[(DataSet, {language: {split: [examples]}})] of one task, in the order of `drawn`; at most `limit` examples a split.
 
     A dev or test split of one example, which has no correlation and no spread, is left out with a warning.
     """
     found = []
     for dataset in tasks.find(data, task):
         by_language = MODULES[task].load(dataset.folder, dataset.splits or None)
-        if limit:
-            by_language = {code: {split: rows[:limit] for split, rows in splits.items()}
-                           for code, splits in by_language.items()}
+        by_language = {code: {split: drawn(rows)[:limit] for split, rows in splits.items()} for code, splits in by_language.items()}
         for code, splits in by_language.items():
             for split in [s for s in ("dev", "test") if s in splits and len(splits[s]) < 2]:
                 warnings.warn(f"{dataset.name} {code} {split}: 1 example: left out", stacklevel=2)
                 del splits[split]
         found.append((dataset, by_language))
     return found
+
+
+def drawn(examples):
+    """The examples in an order that is drawn, but the same for all lists of one length: parallel languages stay parallel.
+
+    Whatever cuts a split keeps its first examples, and public files are sorted by genre: STS-B's test begins with 625 captions.
+    """
+    return [examples[i] for i in np.random.default_rng(0).random(len(examples)).argsort()]
 
 
 def scored_split(splits):
@@ -212,7 +218,7 @@ def cut_untrained(report, loaded, model, tokenizer, seconds, dtype, like, say):
         finetune.vectors(model, tokenizer, sample, dtype=dtype)
         share = seconds / ((time.monotonic() - began) / len(sample) * len(texts))
     if share < 1:
-        report.note(f"retrieval and cosine STS: the first {share:.0%} of each split (at least 50), to fit the budget", say)
+        report.note(f"retrieval and cosine STS: {share:.0%} of each split (at least 50, drawn), to fit the budget", say)
         for name, row, split in splits:
             if name != "sts":                              # STS is cut below: its splits also serve fine-tuning
                 row[split] = row[split][:max(50, int(share * len(row[split])))]
@@ -407,7 +413,7 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
             report.note(f"{name} on {training.data}: cut to fit the budget: {plan.steps} of {wanted.steps} steps"
                         + f" of {plan.batch} instead of {wanted.batch} examples" * (plan.batch != wanted.batch) + ", "
                         f"{len(plan.rates)} of {len(rates)} learning rates, {plan.seeds} of {seeds} seeds, "
-                        f"{plan.share:.0%} of each test split", say)
+                        f"{plan.share:.0%} of each test split, drawn", say)
         deadline -= plan.seeds * plan.share * test
     if plan.share < 1:
         scored = [(*where, *shorten((examples, items), max(50, int(plan.share * len(examples)))))
