@@ -30,9 +30,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from batches import Corpus
 from eval import report, run, statistics, tasks
-from options import ATLAS_RECIPE, DISTILLATION, WITHOUT_TEACHER, TrainConfig
 from files import write_atomically
+from hub.reread import load_teacher
+from launch import UserError
+from options import ATLAS_RECIPE, DISTILLATION, WITHOUT_TEACHER, TrainConfig
 
 # Name -> (title, train.py options over those of the whole recipe).
 RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | WITHOUT_TEACHER),
@@ -95,6 +98,11 @@ def checked(config):
         raise ValueError("a ladder needs mlm_weight, adv_weight and a distillation weight above 0")
     if recipe.init_from_teacher:
         raise ValueError("init_from_teacher: MLM alone would then have a teacher's help; the rungs start at random")
+    if "teacher" in config and "data" in config:         # two rungs do without: it would be found out after both
+        try:
+            load_teacher(config["teacher"], Corpus(config["data"]), recipe)
+        except UserError as error:
+            raise ValueError(error.message) from None
     return {k: str(Path(v).resolve()) if k in FOLDERS else v for k, v in config.items()}
 
 
@@ -379,11 +387,14 @@ def table(reports, head=()):
             own = [cell["scores"] for cell in cells if cell["language"] == source.get(name)]
             row.append(text + (f" ({np.mean(own):.3f})" if own else ""))
         yield f"| {RUNGS[rung][0]} | " + " | ".join(row) + " |"
+    if reports["mlm"]["training"]:
+        yield from ("", "Fine-tuned on:", "", *report.trainings(reports["mlm"]))
     results = {rung: against(reports["mlm"], value) for rung, value in reports.items() if rung != "mlm"}
     results = {rung: result for rung, result in results.items() if result}
     if results:
-        tasks_used = list(dict.fromkeys(name for r in results.values() for name in r["tasks"]))
-        yield from ("", f"## Against MLM alone, mean over {', '.join(tasks_used)}", "",
+        used, strong = (", ".join(dict.fromkeys(name for r in results.values() for name in r[which])) for which in ("tasks", "strong"))
+        yield from ("", "## Against MLM alone", "",
+                    f"Points and p: mean over {used}." + f" Relative improvement: over {strong}." * bool(strong), "",
                     "| | relative improvement | 95% interval | difference, points | 95% interval | p | p, Holm |",
                     "|---|---:|---:|---:|---:|---:|---:|")
         for (rung, r), p in zip(results.items(), statistics.holm([r["p"] for r in results.values()])):
@@ -393,7 +404,8 @@ def table(reports, head=()):
                    + f"{100 * points.estimate:+.2f} | {100 * points.low:+.2f} to {100 * points.high:+.2f} | "
                    f"{r['p']:.4g} | {p:.4g} |")
         yield from ("", "Intervals: paired bootstrap over languages, examples and seeds, these tasks. p: paired permutation "
-                        "of the languages' mean differences, these models; Holm: corrected for the three comparisons.")
+                        "of the languages' mean differences in points, these models (other seeds are in the intervals, not in p); Holm: corrected "
+                        "for the three comparisons.")
     notes = dict.fromkeys(note for r in (*reports.values(), *results.values()) for note in r["notes"])
     if notes:
         yield from ("", "Notes:", "", *(f"- {note}" for note in notes))
@@ -402,10 +414,10 @@ def table(reports, head=()):
 
 
 def against(baseline, candidate):
-    """The figures of `report.compare` over the fine-tuned tasks -> {gain, relative, points, p, tasks, notes}.
+    """The figures of `report.compare` over the fine-tuned tasks -> {gain, relative, points, p, tasks, strong, notes}.
 
-    gain: per cent, None where no baseline score is large enough; relative, points: statistics.Interval, the former
-    None where a percentage means nothing in some resample. None if no fine-tuned task is shared.
+    gain: per cent over the tasks `strong`, None where no baseline score is large enough; relative, points: statistics.Interval,
+    the former None where a percentage means nothing in some resample. points, p: over `tasks`. None if no fine-tuned task is shared.
     """
     cells, notes = report.pairs(baseline, candidate)
     cells = {name: row for name, row in cells.items() if name in report.FINE_TUNED}
@@ -422,4 +434,4 @@ def against(baseline, candidate):
             notes.append(f"no interval of the relative improvement: {error}")
     p = statistics.permutation_test(report.language_differences(scores))
     return {"gain": gain, "relative": relative, "points": report.interval(cells, False), "p": p, "tasks": list(cells),
-            "notes": notes}
+            "strong": list(strong), "notes": notes}

@@ -37,7 +37,7 @@ def load(path):
                 raise ValueError(f"{where}: its examples give {again}, not the scores {cell['scores']}")
         needed = [(value, "data", "notes", "seconds"), (value["model"], "path", "parameters", "sha256"),
                   (value["settings"], "dtype", "device"),
-                  *((t, "task", "data", "source", "steps", "batch", "seeds", "sweep", "share_of_test", "dev_examples")
+                  *((t, "task", "data", "source", "how", "examples", "steps", "batch", "seeds", "sweep", "share_of_test", "dev_examples")
                     for t in value["training"]),
                   *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values())]
         for part, *keys in needed:
@@ -61,7 +61,9 @@ def table(report):
     yield (f"{model['parameters'] / 1e6:.1f} M parameters, sha256 {model['sha256'][:12]}; {report['settings']['dtype']} "
            f"on {report['settings']['device']}; {report['seconds']:.0f} s")
     if report["training"]:
-        yield f"Fine-tuned on {TRAINED[report['settings'].get('train_on', 'source')]}."
+        yield f"Fine-tuned on {TRAINED[report['settings'].get('train_on', 'source')]}:"
+        yield ""
+        yield from trainings(report)
     for task in dict.fromkeys(cell["task"] for cell in report["cells"]):
         cells = [cell for cell in report["cells"] if cell["task"] == task]
         also = ALSO.get(task, ())
@@ -84,6 +86,12 @@ def table(report):
         for i, layer in enumerate(found["layers"]):
             yield f"| {i} | " + " | ".join(f"{layer[key]:.3f}" for key in keys) + " |"
     yield from limits(report)
+
+
+def trainings(report):
+    """What was fine-tuned on what, a line each."""
+    for t in report["training"]:
+        yield f"- {t['task']}: {t['data']}, {t['how']} ({t['examples']:,} examples, {t['steps']:,} steps of {t['batch']})"
 
 
 def limits(report):
@@ -144,12 +152,7 @@ def compare(baseline, candidate, seed=0):
         for name, (new, old) in row.items():
             percent = f"{100 * (new - old) / old:+.1f}%" if old >= SMALLEST else "-"
             yield f"| {name} | {old:.3f} | {new:.3f} | {new - old:+.3f} | {percent} |"
-    fine_tuned = [task for task in cells if task in FINE_TUNED]
-    rest = [task for task in cells if task not in FINE_TUNED]
-    for title, names in (("Fine-tuned tasks", fine_tuned), ("Without training", rest)):
-        if names:
-            yield from ("", f"## {title}: {', '.join(names)}", "")
-            yield from verdict({t: cells[t] for t in names}, {t: scores[t] for t in names}, notes, seed)
+    yield from verdicts(cells, scores, notes, seed)
     if notes:
         yield from ("", "Notes:", "")
         yield from (f"- {note}" for note in notes)
@@ -197,6 +200,16 @@ def language_differences(scores):
         for name, (new, old) in row.items():
             found.setdefault(language_code(name.rpartition(" ")[2]), {}).setdefault(task, []).append(new - old)
     return [float(np.mean([np.mean(values) for values in by_task.values()])) for by_task in found.values()]
+
+
+def verdicts(cells, scores, notes, seed=0):
+    """Lines of Markdown: `verdict` on the fine-tuned tasks, and on those that need no training."""
+    fine_tuned = [task for task in cells if task in FINE_TUNED]
+    rest = [task for task in cells if task not in FINE_TUNED]
+    for title, names in (("Fine-tuned tasks", fine_tuned), ("Without training", rest)):
+        if names:
+            yield from ("", f"## {title}: {', '.join(names)}", "")
+            yield from verdict({t: cells[t] for t in names}, {t: scores[t] for t in names}, notes, seed)
 
 
 def verdict(cells, scores, notes, seed):

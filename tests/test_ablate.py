@@ -193,6 +193,7 @@ def test_a_slow_machine_trains_fewer_seeds(tmp_path, monkeypatch, seconds, seeds
     ({"seed": 1}, "--seeds"),
     ({"kd_weight": 0}, "a distillation weight above 0"),
     ({"teacher_steps": 0}, "no teacher"),
+    ({"teacher": "/"}, "--teacher: /"),
     ({"eval_data": None}, "eval_data is None"),
 ])
 def test_bad_config(folder, tmp_path, change, said):
@@ -218,12 +219,14 @@ def test_train_ablate_refuses_alike(tmp_path):
 
 def test_a_run_that_fails_is_named(folder, tmp_path, monkeypatch):
     """train.py's last line, and where the rest is."""
-    config = json.loads((folder / "config.json").read_text()) | {"tokens_per_batch": 1024, "teacher": str(tmp_path)}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(subprocess, "run", run_here)
-    # The teacher is no model folder; the rung without distillation does not mind, the next one does.
-    result = command("--config", tmp_path / "config.json", "--out", tmp_path / "out", "--seeds", 1, "--limit", 4)
-    assert result.exit_code == 2 and "train.log" in result.output and "--teacher" in result.output.split("\n")[-2]
+    def run(command, stdout, **options):
+        if "/adversary/" in " ".join(command):
+            stdout.write("a warning\nno space left\n")
+            return types.SimpleNamespace(returncode=1)
+        return run_here(command, stdout, **options)
+    monkeypatch.setattr(subprocess, "run", run)
+    result = command("--config", folder / "config.json", "--out", tmp_path / "out", "--seeds", 1, "--limit", 4)
+    assert result.exit_code == 2 and "train.log" in result.output and result.output.split("\n")[-2].endswith("no space left")
 
 
 def test_the_page_of_the_example_is_what_its_reports_say(tmp_path):

@@ -574,6 +574,22 @@ def test_train_on_is_recorded_and_compared(folder, tmp_path):
     assert "train_on: 'target' in the baseline, 'all' in the candidate" in done.output
 
 
+def test_what_stays_of_a_split_is_drawn_and_parallel(tmp_path):
+    """Files are sorted by genre, here captions, forums, news; what is cut keeps some of each, and the same of all languages."""
+    genres = np.repeat(["caption", "forum", "news"], 40)
+    (tmp_path / "sts").mkdir()
+    for code in ("de", "en"):
+        rows = "".join(f"{code} {genre} {i},b,{i % 6}\n" for i, genre in enumerate(genres))
+        (tmp_path / f"sts/sts-{code}-test.csv").write_text(rows)
+    [(_, whole)] = run.load(tmp_path, "sts")
+    [(_, cut)] = run.load(tmp_path, "sts", 30)
+    texts = {code: [e.sentence1.split()[1:] for e in splits["test"]] for code, splits in whole.items()}
+    assert texts["de"] == texts["en"] and sorted(int(i) for _, i in texts["de"]) == list(range(120))
+    assert all(splits["test"] == whole[code]["test"][:30] for code, splits in cut.items())
+    counts = [[genre for genre, _ in texts["de"][:30]].count(genre) for genre in ("caption", "forum", "news")]
+    assert min(counts) >= 5
+
+
 def test_a_language_with_training_data_alone_is_not_scored(folder, tmp_path):
     rows = "".join(f"a {i},b {i},{i % 6}\n" for i in range(12))
     (tmp_path / "sts").mkdir()
@@ -620,6 +636,8 @@ def test_a_report_is_complete_and_its_scores_can_be_computed_again(reports, fold
     layers = value["neutrality"]["retrieval/atlas"]["layers"]
     assert len(layers) == 3 and all(np.isfinite(list(layer.values())).all() for layer in layers)
     text = command("show", reports[0]).output
+    for t in value["training"]:
+        assert f"- {t['task']}: {t['data']}, {t['how']} ({t['examples']} examples, {t['steps']} steps of {t['batch']})" in text
     assert all(f"## {cell['task']}: {cell['metric']}" in text for cell in value["cells"])
     row = next(line for line in text.split("## qa")[1].splitlines() if line.startswith("| qa/atlas | ro"))
     cell = next(c for c in value["cells"] if (c["task"], c["language"]) == ("qa", "ro"))
