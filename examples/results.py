@@ -101,8 +101,12 @@ def page(folder, facts):
     for task, (_, theirs, n) in shares["mlm"].items():
         yield f"| {task} ({n} data sets and languages) | {theirs:.3f} | " + " | ".join(
             f"{shares[name][task][0]:.3f} ({shares[name][task][0] / theirs:.0%})" for name in names) + " |"
-    yield from ("", "## Neutrality of the last layer", "", "| | " + " | ".join(("data", *MEASURES)) + " |",
-                "|---|---|" + "---:|" * len(MEASURES))
+    prior = max(value["prior"] for value in reports["teacher"]["neutrality"].values())
+    yield from ("", "## Neutrality of the last layer", "",
+                f"linear, mlp: how often a probe names the language (a guess: {prior:.1%}); centred: with each language's mean subtracted. between: share "
+                "of the variance between languages. cka, cka_chance: of translations, and of shuffled ones. retrieval: among fewer candidates than "
+                "above. mean_cosine: near 1, the vectors have collapsed (eval/neutrality.py).", "",
+                "| | " + " | ".join(("data", *MEASURES)) + " |", "|---|---|" + "---:|" * len(MEASURES))
     for name in ("teacher", *names):
         for data, value in reports[name]["neutrality"].items():
             last = value["layers"][-1]
@@ -111,6 +115,10 @@ def page(folder, facts):
                       for line in ablate.table({name: reports[name] for name in NAMES}, [
                           "All four start from the same pruned layers and the same embeddings of the teacher and read the same "
                           "batches, so the ladder measures the objectives and not the start."])))
+    cells, notes = report.pairs(reports["distillation"], reports["all"])
+    yield from ("", "## The adversary beside distillation", "", "all against MLM + distillation: one pretraining of each. Its seed is in no interval.")
+    for line in report.verdicts(cells, report.mean_scores(cells), notes):
+        yield "#" + line if line.startswith("#") else line and f"- {line.strip()}"
     yield from ("", "## Every language", "", "| task, data, language | n | " + " | ".join((*names, "teacher")) + " |",
                 "|---|---:|" + "---:|" * (len(names) + 1))
     cells = {name: {(c["task"], c["data"], c["language"]): c for c in value["cells"]} for name, value in reports.items()}
@@ -118,11 +126,12 @@ def page(folder, facts):
         found = (f"{np.mean(cells[name][key]['scores']):.3f}" if key in cells[name] else "" for name in (*names, "teacher"))
         yield f"| {key[0]} {key[1].rpartition('/')[2]} {key[2]} | {c['n']} | " + " | ".join(found) + " |"
     yield from ("", (Path(__file__).parent / "tried.md").read_text().rstrip())
+    yield from ("", "The reports in examples/reports hold of each cell that needed no training its first 100 examples; this page was made from all of them.")
     yield from ("", "## Data", "", *(f"- {name}: sha256 {value[:16]}..." for name, value in reports["mlm"]["data"].items()),
                 f"- text: manifest of the prepared folder, sha256 {facts['text'][:16]}...", "")
 
 
-MEASURES = ("linear", "mlp", "centred", "between", "cka", "retrieval", "retrieval_centred", "effective_rank")
+MEASURES = ("linear", "mlp", "centred", "between", "cka", "cka_chance", "retrieval", "retrieval_centred", "effective_rank", "mean_cosine")
 
 
 def compact(value, most=100):
