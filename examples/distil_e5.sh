@@ -33,6 +33,8 @@ done
 [[ $long =~ ^[0-9]+$ ]] || { echo "--long $long: a whole number of steps" >&2; exit 2; }
 [ -d "$text" ] && [ -d "$eval" ] || { echo "no folder $text or $eval; give --text and --eval" >&2; exit 2; }
 [ -d "$eval/retrieval" ] && [ -d "$eval/sts" ] || { echo "$eval lacks retrieval/ or sts/, by which the teacher is judged" >&2; exit 2; }
+[ -n "$teacher" ] || [ -f "$out/teacher/config.json" ] || [ -f "$shared/tools/make_teacher.py" ] \
+    || { echo "no $shared/tools/make_teacher.py to make the teacher; give --teacher, a folder of multilingual-e5-small" >&2; exit 2; }
 [ "$evaluate" -gt 0 ] && budget=$((evaluate * 60)) || budget=$((minutes * 5))
 mkdir -p "$out/reports"
 [ -f "$out/options" ] || echo "--minutes $minutes --evaluate $evaluate" > "$out/options"
