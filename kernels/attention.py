@@ -11,11 +11,11 @@ Dao et al. 2022, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691).
 
 How it maps to a GPU. A program takes one block of the *flat* token axis and one head, finds by binary search in
 cu_seqlens which sequences its rows are of, and sweeps the span of tokens that those sequences cover; scores between
-two sequences are masked. So the grid follows from T alone: nothing waits for the lengths, no program is empty, and
-several short sequences share a block: at 16 to 128 tokens, blocks of 64 rows compute about 64 x 180 scores where
-one padded block a sequence would compute 128 x 128 for 72 tokens. One program owns a row (dQ by query block, dK and
-dV by key block), so there are no atomics and every run gives the same bits. Where every sequence fits one block, one
-kernel does the whole backward and reads everything once.
+two sequences are masked. So the grid follows from T alone: nothing waits for the lengths, no program is empty, however
+many slots of cu_seqlens are, and several short sequences share a block: at 16 to 128 tokens, blocks of 64 rows compute
+about 64 x 180 scores where one padded block a sequence would compute 128 x 128 for 72 tokens. One program owns a row
+(dQ by query block, dK and dV by key block), so there are no atomics and every run gives the same bits. Where every
+sequence fits one block, one kernel does the whole backward, reads everything once, and owns a sequence where it begins.
 
 Bytes a token and head in 16 bits, in rows of 2 head_dim bytes: forward reads q, k, v and writes out: 4 rows. Backward:
 dQ reads q, k, v, do, out and writes dq, dK/dV reads q, k, v, do and writes dk, dv: 12; the short kernel 8.
@@ -249,7 +249,7 @@ def _dkv_kernel(q, k, v, do, dk, dv, lse, delta, cu, T, S, scale, softmax_scale,
 @_jit
 def _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
            D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
-    """dQ, dK and dV of one sequence of at most BLOCK tokens."""
+    """dQ, dK and dV of one sequence of at most BLOCK tokens. dV first: in this order registers suffice."""
     row = tl.arange(0, BLOCK)
     last = first + length
     qt = _read(q, first, last, head, D, BLOCK, WIDTH, True)
@@ -258,14 +258,15 @@ def _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, sof
     p = tl.exp2(_dot(qt, tl.trans(kt), None) * scale - row_lse[:, None])
     p = tl.where((row[:, None] < length) & (row[None, :] < length), p, 0.0)
     dot = _read(do, first, last, head, D, BLOCK, WIDTH, True)
-    ot = _read(out, first, last, head, D, BLOCK, WIDTH, True)
-    delta = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
-    dp = _dot(dot, tl.trans(_read(v, first, last, head, D, BLOCK, WIDTH, True)), None)
     weights = p
     if DROPOUT:
         weights = dropped(p, (first + row)[:, None], (first + row)[None, :], head, drop)
-        dp = dropped(dp, (first + row)[:, None], (first + row)[None, :], head, drop)
     _write(dv, _dot(tl.trans(weights.to(dot.dtype)), dot, None), first, last, head, D)
+    ot = _read(out, first, last, head, D, BLOCK, WIDTH, True)
+    delta = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
+    dp = _dot(dot, tl.trans(_read(v, first, last, head, D, BLOCK, WIDTH, True)), None)
+    if DROPOUT:
+        dp = dropped(dp, (first + row)[:, None], (first + row)[None, :], head, drop)
     ds = (p * (dp - delta[:, None])).to(qt.dtype)
     _write(dq, _dot(ds, kt, None) * softmax_scale, first, last, head, D)
     _write(dk, _dot(tl.trans(ds), qt, None) * softmax_scale, first, last, head, D)
@@ -273,29 +274,34 @@ def _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, sof
 
 @_jit
 def _short_kernel(q, k, v, out, do, dq, dk, dv, lse, cu, T, S, scale, softmax_scale, seed, threshold, gain,
-                  HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                  HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
                   DROPOUT: tl.constexpr):
-    """The whole backward where no sequence is longer than BLOCK: a program a sequence and head, so that q, k, v,
-    out and do are read once and P is computed once. The last HEADS programs clear the tokens of no sequence."""
+    """The whole backward where no sequence is longer than BLOCK: a program takes the sequences that begin among its
+    rows, one always does, and clears what is of none. So q, k, v, out and do are read once and P is computed once."""
     drop = seed, threshold, gain
     head = tl.program_id(0) % HEADS
-    segment = tl.program_id(0) // HEADS
-    first = tl.load(cu + segment)
-    if segment == S:
-        for block in range(0, tl.cdiv(T - first, BLOCK)):
-            row = first + block * BLOCK
-            _write(dq, tl.zeros([BLOCK, WIDTH], tl.float32), row, T, head, D)
-            _write(dk, tl.zeros([BLOCK, WIDTH], tl.float32), row, T, head, D)
-            _write(dv, tl.zeros([BLOCK, WIDTH], tl.float32), row, T, head, D)
-    else:
-        length = tl.load(cu + segment + 1) - first
+    block = tl.program_id(0) // HEADS * BLOCK
+    rows = block + tl.arange(0, BLOCK)
+    begin, end = _segments(rows, cu, S, BITS)
+    tokens = tl.load(cu + S)
+    if block + BLOCK > tokens:
+        zeros = tl.zeros([BLOCK, WIDTH], tl.float32)
+        _write(dq, zeros, tl.maximum(block, tokens), tl.minimum(block + BLOCK, T), head, D)
+        _write(dk, zeros, tl.maximum(block, tokens), tl.minimum(block + BLOCK, T), head, D)
+        _write(dv, zeros, tl.maximum(block, tokens), tl.minimum(block + BLOCK, T), head, D)
+    first = tl.min(tl.where(begin >= block, begin, tokens), 0)
+    count = tl.sum(((rows == begin) & (rows < tokens)).to(tl.int32), 0)
+    for _ in tl.range(0, count, disable_licm=True):     # what is hoisted out of the loop would spill
+        last = tl.max(tl.where(rows == first, end, 0), 0)
+        length = last - first
         HALF: tl.constexpr = BLOCK // 2 if BLOCK > 16 else 16       # tl.dot takes no less
         if length > HALF:
             _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
                    D, WIDTH, BLOCK, DROPOUT)
-        elif length > 0:        # most sequences are short: half the tile, a quarter of the work
+        else:                   # most sequences are short: half the tile, a quarter of the work
             _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
                    D, WIDTH, HALF, DROPOUT)
+        first = last
 
 
 # ----------------------------------------------------------------------------------------------------- Triton: launches
@@ -311,23 +317,23 @@ CONFIGS = {
     (80, 2, 128): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2), (64, 8)),
     (80, 4, 16): ((32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1), (32, 4)),
     (80, 4, 32): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
-    (80, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 4)),
-    (80, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (32, 8)),
+    (80, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 8)),
+    (80, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 8)),
     (90, 2, 16): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (90, 2, 32): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (90, 2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (90, 2, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 8)),
     (90, 4, 16): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
     (90, 4, 32): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
-    (90, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 4)),
-    (90, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (32, 8)),
+    (90, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 8)),
+    (90, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 8)),
     (100, 2, 16): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (100, 2, 32): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (100, 2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 8)),
     (100, 2, 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 8)),
     (100, 4, 16): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
     (100, 4, 32): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 4)),
-    (100, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 4)),
+    (100, 4, 64): ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 8)),
     (100, 4, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 8)),
 }
 
@@ -387,7 +393,7 @@ def triton_backward(do, q, k, v, out, lse, cu_seqlens, max_seqlen, dropout=0.0, 
     arguments = dict(out=_strided(out), do=_strided(do.contiguous()), lse=lse, dq=dq, dk=dk, dv=dv,
                      **_arguments(q, k, v, cu_seqlens, dropout, seed))
     if max_seqlen <= config["short"]["BLOCK"]:
-        _launch(_short_kernel, cu_seqlens.shape[0] * heads, config["short"], **arguments)
+        _launch(_short_kernel, triton.cdiv(T, config["short"]["BLOCK"]) * heads, config["short"], **arguments)
     else:
         arguments["delta"] = torch.empty_like(lse)
         _launch(_dq_kernel, triton.cdiv(T, config["dq"]["BLOCK_Q"]) * heads, config["dq"], **arguments)

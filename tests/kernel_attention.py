@@ -164,6 +164,21 @@ def test_tokens_of_no_sequence(backend, device, dtype, lengths):
 
 
 @every_backend
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_slots_for_more_sequences_than_there_are(backend, device, dtype, dropout):
+    """As in a training batch: a slot for every 8 tokens of a row of 256, those that are not needed empty."""
+    rows = [40, 1, 128, 64, 5], [128, 127], [], [16] * 8
+    lengths = [n for row in rows for n in row + [0] * (32 - len(row))]
+    qkv, cu_seqlens = packed(lengths, dtype=dtype, device=device, tail=1024 - sum(lengths))
+    dense = torch.cat((cu_seqlens[:1], cu_seqlens[1:][cu_seqlens.diff() > 0]))
+    options = dict(dropout=dropout, seed=5)
+    slotted, without = (run(qkv, cu, backend, **options) for cu in (cu_seqlens, dense))
+    assert all(torch.equal(a, b) for a, b in zip(slotted, without))
+    plain = errors(sdpa(qkv, cu_seqlens), exact(qkv, cu_seqlens))
+    assert_as_exact_as(errors(slotted, exact(qkv, cu_seqlens, **options)), plain)
+
+
+@every_backend
 def test_nothing_but_empty_sequences(backend, device, dtype):
     for T in (0, 5):
         qkv, cu_seqlens = packed([0, 0], dtype=dtype, device=device, tail=T)
