@@ -47,6 +47,7 @@ class Problem:
     truth: tuple
     candidates: list[Candidate]
     tokens: int = 0                                   # of a step: tokens/s instead of GB/s
+    in_parts: Callable[[], tuple] | None = None       # the yardstick's result where its memory does not suffice for `run`
 
 
 def size_of(tensors) -> int:
@@ -192,18 +193,20 @@ def plain_distillation(x, weight, bias, target, teacher_x, teacher_weight, teach
     return F.cross_entropy(student, target, reduction="none") + TEMPERATURE ** 2 * kl
 
 
-def truth_by_rows(loss: Callable, student: tuple, target: Tensor, teacher: tuple = ()) -> tuple:
-    """Loss and gradients in float64, 1,024 rows at a time: all logits of 16,384 x 250,037 would be 33 GB."""
-    x, weight, bias = (t.detach().double().requires_grad_() for t in student)
-    teacher_x, *teacher_rest = (t.double() for t in teacher) if teacher else (None,)
-    losses = []
-    for start in range(0, len(x), 1024):
+def by_rows(loss: Callable, student: tuple, target: Tensor, teacher: tuple = (), dtype=torch.float64) -> tuple:
+    """Loss and gradients in `dtype`, 1,024 rows at a time: all logits of 16,384 x 250,037 would be 33 GB in float64.
+    Gradients of the parts are summed in at least float32, so that parts are no less exact than the whole."""
+    student = [t.detach().to(dtype).requires_grad_() for t in student]
+    teacher_x, *teacher_rest = (t.to(dtype) for t in teacher) if teacher else (None,)
+    losses, sums = [], [torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) for t in student]
+    for start in range(0, len(target), 1024):
         part = slice(start, start + 1024)
         extra = (teacher_x[part], *teacher_rest) if teacher else ()
-        value = loss(x[part], weight, bias, target[part], *extra)
-        (value.sum() / len(x)).backward()
+        value = loss(student[0][part], *student[1:], target[part], *extra)
+        for total, grad in zip(sums, torch.autograd.grad(value.sum() / len(target), student)):
+            total += grad
         losses.append(value.detach())
-    return torch.cat(losses), x.grad, weight.grad, bias.grad
+    return torch.cat(losses), *sums
 
 
 def loss_inputs(n: int, v: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple:
@@ -247,7 +250,8 @@ def cross_entropy_problem(n: int, v: int, d: int, dtype: torch.dtype, device: to
         candidates.append(candidate("cut-cross-entropy, exact", lambda x, w, b: cce(
             x, w, target, bias=b, impl="cce_exact")))
     return Problem(f"linear_cross_entropy, forward + backward: N={n:,} V={v:,} D={d}", dtype, 6.0 * n * v * d,
-                   2 * size_of(inputs), truth_by_rows(plain_cross_entropy, inputs, target), candidates)
+                   2 * size_of(inputs), by_rows(plain_cross_entropy, inputs, target), candidates,
+                   in_parts=lambda: by_rows(plain_cross_entropy, inputs, target, dtype=dtype))
 
 
 def distillation_problem(n: int, v: int, d: int, e: int, dtype: torch.dtype, device: torch.device,
@@ -275,7 +279,8 @@ def distillation_problem(n: int, v: int, d: int, e: int, dtype: torch.dtype, dev
             lambda x, w, b: liger(w, x, target, b) + jsd(x, w, *teacher[:2], target), inputs)))
     return Problem(f"linear_distillation, forward + backward: N={n:,} V={v:,} student D={d}, teacher D={e}", dtype,
                    2.0 * n * v * (3 * d + e), 2 * size_of(inputs) + size_of(teacher),
-                   truth_by_rows(plain_distillation, inputs, target, teacher), candidates)
+                   by_rows(plain_distillation, inputs, target, teacher), candidates,
+                   in_parts=lambda: by_rows(plain_distillation, inputs, target, teacher, dtype))
 
 
 # ------------------------------------------------------------------------------------------------- the training step

@@ -54,6 +54,29 @@ def test_a_wrong_kernel_is_called_wrong_and_never_timed(spoil):
     assert any("**ours**" in line and "WRONG" in line for line in report.lines)
 
 
+@pytest.mark.parametrize("make", [
+    lambda n: cross_entropy_problem(n, 300, 16, torch.bfloat16, CPU, quick=True),
+    lambda n: distillation_problem(n, 300, 16, 24, torch.bfloat16, CPU, quick=True)],
+    ids=["cross-entropy", "distillation"])
+def test_a_yardstick_without_memory_is_computed_in_parts(make, monkeypatch):
+    """All logits of the largest shape do not fit a card of 80 GB; ours is judged there all the same, and no more mildly."""
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for spoilt in (False, True):
+        problem = make(1100)                          # two parts
+        problem.candidates = [c for c in problem.candidates if c.ours or c.yardstick]
+        ours, plain = problem.candidates
+        parts, whole = (difference(result, problem.truth) for result in (problem.in_parts(), plain.run()))
+        assert all(0.5 * b < a < 1.2 * b for a, b in zip(parts, whole, strict=True)), (parts, whole)
+        plain.run = fails
+        if spoilt:
+            run = ours.run
+            ours.run = lambda: tuple(1.1 * t for t in run())
+        report = Silent()
+        bench.measure(problem, bench.Clock(CPU), report, 0.05)
+        assert report.wrong == spoilt and any("1,024 rows at a time" in line for line in report.lines)
+
+
 def test_memory_is_the_peak_and_not_the_sum():
     def run():
         for _ in range(3):
