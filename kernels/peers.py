@@ -345,19 +345,27 @@ def step_candidate(name: str, model, loss: Callable, gradients: Callable, batch:
 
     def check():
         with autocast():
-            value = loss(model, small)
+            value = step_loss(model, small)           # what is timed; compiled, it is compiled once for each batch
         value.backward()
         result = value.detach(), gradients(model)
         optimizer.step()                              # makes the optimiser's state, before memory is measured
         optimizer.zero_grad()
         return result
 
-    first = check()                                   # now, while every model still has the same weights
+    try:
+        first = check()                               # now, while every model still has the same weights
+    except Exception as error:                        # of a compiler, say: bench.measure names it
+        first = error
+
+    def checked():
+        if isinstance(first, Exception):
+            raise first
+        return first
 
     def resident():
         state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
         return size_of(list(model.parameters()) + state + [t for t in batch.values() if torch.is_tensor(t)])
-    return Candidate(name, run, warm_up=compiled, check=lambda: first, resident=resident, **options)
+    return Candidate(name, run, warm_up=compiled, check=checked, resident=resident, **options)
 
 
 def step_problems(layers: int, hidden: int, heads: int, vocabulary: int, lengths: np.ndarray, device: torch.device,

@@ -117,6 +117,13 @@ def test_the_step_of_the_peer_is_ours_with_the_same_weights():
     assert all(row.memory > 4 * parameters for row in rows)      # weights, gradients and AdamW's two moments
 
 
+def test_a_compiled_step_is_checked_as_it_is_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *arguments: 1.1 * loss(*arguments))
+    _, problem = step_problems(2, 32, 2, 300, draw_lengths(10, 3, 20), CPU, compiled=True)
+    compiled, plain = (max(difference(c.check(), problem.truth)) for c in problem.candidates if c.ours)
+    assert compiled > 0.09 and plain < 0.03
+
+
 def _model():
     from unibert import UniBERT, UniBERTConfig
     return UniBERT(UniBERTConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=128,
