@@ -28,7 +28,8 @@ How to read a table. A row is one implementation of one task, forward and backwa
 On a CPU all rows run with glibc told to keep freed memory (launch.keep_freed_memory), as train.py does: without it
 every one of them pays page faults for its large tensors. The bf16 steps are also timed before that, as a script of
 its own would run a peer; the ratios to that are printed below the table.
-On a GPU the L2 cache is overwritten before every run and CUDA events give the time; on a CPU nothing is flushed.
+On a GPU the L2 cache is overwritten before every run and CUDA events give the time, of kernels without the launches,
+of a whole step with them; on a CPU nothing is flushed.
 Peers that are not installed or need a GPU are named once and left out; a peer that fails is named with its message.
 """
 from __future__ import annotations
@@ -92,10 +93,11 @@ class Report:
 
 
 class Clock:
-    """Time and memory of one run on a device."""
+    """Time and memory of one run on a device. launches: also the time in which a GPU waits for Python to launch the next
+    kernel, which a whole step really takes; of a kernel it would be measured instead of the kernel."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, launches: bool = False):
+        self.device, self.launches = device, launches
         if device.type == "cuda":
             self.flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8,
                                      device=device)
@@ -106,7 +108,9 @@ class Clock:
             start = time.perf_counter()
             run()
             return 1e3 * (time.perf_counter() - start)
-        self.flush.zero_()                            # also keeps the GPU busy while Python launches the run
+        self.flush.zero_()
+        if not self.launches:
+            torch.cuda._sleep(2_000_000)              # cycles, about 1 ms: until Python has launched the run, or most of it
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -322,7 +326,7 @@ def run_all(parts: list[str], quick: bool, device: torch.device, report: Report)
     if "step" in parts:
         for layers, hidden, heads, lengths in sizes:
             problems = problems or step_problems(layers, hidden, heads, 64_000, lengths, device, compiled=True)
-            tables = [(p, measure(p, clock, report, 6 * seconds)) for p in problems]
+            tables = [(p, measure(p, Clock(device, launches=True), report, 6 * seconds)) for p in problems]
             compare_steps(tables, untouched, report)
             for problem in problems:
                 dearest_operators(next(c for c in problem.candidates if c.ours), NAMES[problem.dtype], device, report)
