@@ -47,8 +47,12 @@ class World:
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where `device` multiplies it faster than float32, else float32."""
-    fast = torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """bfloat16 where `device` multiplies it faster than float32 (a GPU: from sm_80 on), else float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_properties(device).major >= 8
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

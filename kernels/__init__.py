@@ -7,7 +7,7 @@
 Every operation takes backend = "auto" | "triton" | "torch" | "reference":
 "triton" is the GPU kernel (it also runs on the CPU under TRITON_INTERPRET=1, slowly, for tests),
 "torch" the fast path of plain PyTorch with bounded memory, "reference" the formula as one would write it
-on a blackboard; "auto" is triton on CUDA and torch elsewhere.
+on a blackboard; "auto" is triton on NVIDIA's cards from sm_80 on and torch elsewhere.
 """
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy

@@ -503,7 +503,7 @@ def attention(q, k, v, cu_seqlens, max_seqlen, backend="auto", dropout=0.0, seed
                   at 0 and never descends. Sequences may be empty. Tokens from cu_seqlens[S] on are of no sequence and
                   may hold anything: output 0, gradient 0.
     max_seqlen    int, at least the longest length. On a GPU it decides whether the short backward kernel is used.
-    backend       "auto" (triton on a GPU, torch elsewhere), "triton", "torch" or "reference".
+    backend       "auto" (triton on an NVIDIA GPU from sm_80 on, torch elsewhere), "triton", "torch" or "reference".
     dropout       rate in [0, 1) on the attention weights. The mask is a function of (seed, head, query, key) alone,
                   with positions counted over the batch: the same in every backend, and in backward.
     seed          any int of 64 bits, signed.

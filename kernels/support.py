@@ -31,12 +31,19 @@ def table_of_device(device: torch.device) -> int:
     return table_of(10 * major + minor)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels are for this device: NVIDIA's cards from sm_80 on. ROCm's devices call themselves cuda, too.
+    torch.compile traces through this; of what tells a card's age it knows the properties alone."""
+    return (triton is not None and device.type == "cuda" and torch.version.hip is None
+            and torch.cuda.get_device_properties(device).major >= 8)
+
+
 def choose_backend(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """"triton", "torch" or "reference" for an operation on tensors of this device and dtype. Raises ValueError."""
     if backend not in ("auto", "triton", "torch", "reference"):
         raise ValueError(f'{name}: backend must be "auto", "triton", "torch" or "reference", not {backend!r}')
     if backend == "auto":
-        return "triton" if device.type == "cuda" and triton is not None and dtype != torch.float64 else "torch"
+        return "triton" if dtype != torch.float64 and has_kernels(device) else "torch"
     if backend == "triton":
         if triton is None:
             raise ValueError(f"{name}: the triton backend needs the triton package, which is not installed")

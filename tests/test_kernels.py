@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ pytest.register_assert_rewrite("kernel_common", "kernel_attention", "kernel_loss
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import launch  # noqa: E402
 from kernel_common import *  # noqa: E402, F403  (first: it sets TRITON_INTERPRET)
 from kernel_attention import *  # noqa: E402, F403  (their tests, and what makes inputs)
 from kernel_losses import *  # noqa: E402, F403
@@ -258,6 +260,18 @@ def test_triton_on_the_cpu_says_what_to_do(monkeypatch):
         attention(**arguments(), backend="triton")
     with pytest.raises(ValueError, match="needs a GPU"):
         linear_cross_entropy(*problem(4, 10, 3, FP32), backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("major, hip, suits", [(8, None, True), (9, None, True), (7, None, False), (9, "6.4", False)],
+                         ids=["A100", "H100", "T4", "ROCm"])
+def test_auto_takes_triton_where_its_kernels_are_for_the_card(monkeypatch, major, hip, suits):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    card = torch.device("cuda")
+    assert support.choose_backend("attention", "auto", card, BF16) == ("triton" if suits else "torch")
+    assert support.choose_backend("attention", "auto", card, FP64) == "torch"
+    assert launch.default_dtype(card) == (BF16 if major >= 8 else FP32)
 
 
 @needs_gpu
