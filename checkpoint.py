@@ -19,6 +19,7 @@ import threading
 import torch
 
 from files import sync_folder, write_atomically
+from launch import UserError
 
 
 def sha256_of(path: pathlib.Path) -> str:
@@ -45,8 +46,8 @@ class Checkpoints:
         self.thread: threading.Thread | None = None
 
     def steps(self) -> list[int]:
-        names = (p.name for p in self.folder.glob("step-*")) if self.folder.is_dir() else ()
-        return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+        names = os.listdir(self.folder) if self.folder.is_dir() else ()  # glob would take an unreadable folder for an empty one
+        return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
 
     def path(self, step: int) -> pathlib.Path:
         return self.folder / f"step-{step:08d}"
@@ -93,8 +94,12 @@ class Checkpoints:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
     def load_newest(self) -> tuple[int, dict] | None:
-        """(step, state) of the newest whole checkpoint, or None. Says which it had to pass over, and why."""
-        for step in reversed(self.steps()):
+        """(step, state) of the newest whole checkpoint, or None where there is none. Says which it had to pass over, and why.
+
+        Raises UserError where there are some and all had to be: to start anew would write over what may yet be mended.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
             path = self.path(step)
             try:
                 manifest = json.loads((path / "manifest.json").read_text())
@@ -108,4 +113,7 @@ class Checkpoints:
                 return step, torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 self.warn(f"warning: {path} is passed over: {error}")
+        if steps:
+            raise UserError(f"none of the {len(steps)} checkpoints in {self.folder} can be read; nothing was changed. Mend what the "
+                            f"warnings name, or start a new run with another --out")
         return None

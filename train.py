@@ -369,9 +369,10 @@ class Run:
                 except OSError as error:                             # a cache is not worth the run
                     click.echo(f"--teacher-cache-file: {error.strerror}; training goes on without writing it", err=True)
 
-    def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one. Every rank reads it itself."""
-        found = self.checkpoints.load_newest()
+    def resume(self, finished: bool = False) -> None:
+        """Take up the newest whole checkpoint, if there is one. Every rank reads it itself. A finished run needs none."""
+        found = None if finished else self.checkpoints.load_newest()
+        self.step = self.config.steps if finished else 0
         if found is not None:
             path, state = self.checkpoints.path(found[0]), found[1]
             try:
@@ -388,6 +389,8 @@ class Run:
                 raise UserError(f"{path} is beyond the {self.config.steps} steps that were asked for; go on with --extend and "
                                 f"--steps above {self.step}, or start a new run with another --out")
             self.world.say(f"resumed {self.out} at step {self.step}")
+        elif not finished and (self.out / "metrics.jsonl").exists():
+            self.world.say(f"{self.out} has no checkpoint yet: it starts again at step 0")
         every = self.world.sum(torch.tensor(self.step, dtype=torch.float64, device=self.device))
         if every != self.world.size * self.step:
             raise UserError(f"process {self.world.rank} found the checkpoint of step {self.step} in {self.out}, others found another; "
@@ -403,9 +406,10 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     """Train, or go on training, one model in `out`; returns it, evaluated and saved in out/final."""
     out.mkdir(parents=True, exist_ok=True)
     run = Run(config, corpus, out, world, teacher, reread, top)
-    run.resume()
     finished = out / "finished"  # written last; of an extended run it says that the shorter one was
-    if run.step == config.steps and finished.is_file() and finished.read_text() == str(run.step):
+    done = finished.is_file() and finished.read_text() == str(config.steps)
+    run.resume(done)
+    if done:
         world.say(f"{title}: finished before, in {out / 'final'}")
         return load_model(out / "final")
     if world.rank == 0:

@@ -21,6 +21,7 @@ import train
 from checkpoint import Checkpoints
 from data import prepare
 from files import read_safetensors
+from launch import UserError
 
 REPO = pathlib.Path(train.__file__).parent
 OPTIONS = ("--preset", "tiny", "--steps", "60", "--tokens-per-batch", "1024", "--max-length", "32", "--device", "cpu",
@@ -156,6 +157,15 @@ def test_damage_anywhere_is_noticed_and_the_one_before_used(three, name, damage)
     step, found = checkpoints.load_newest()
     assert step == 2 and torch.equal(found["weights"]["b"], state(2)["weights"]["b"])
     assert len(said) == 1 and "step-00000003 is passed over" in said[0]
+
+
+def test_none_that_can_be_read_is_not_none_at_all(three, tmp_path):
+    checkpoints, said = three
+    for step in (1, 2, 3):
+        (checkpoints.path(step) / "state.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 3 checkpoints"):
+        checkpoints.load_newest()
+    assert len(said) == 3 and Checkpoints(tmp_path / "new").load_newest() is None
 
 
 def test_code_in_a_checkpoint_does_not_run(three, tmp_path):

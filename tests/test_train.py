@@ -605,9 +605,37 @@ def test_a_checkpoint_that_does_not_fit_gets_one_line(finished_run, tmp_path, mo
         change(state)
         checkpoints.save(4, state)
         checkpoints.wait()
+        (tmp_path / name / "finished").unlink()                         # a finished run needs no checkpoint
         done = CliRunner().invoke(train.main, ["--out", str(tmp_path / name), "--resume"])
         assert done.exit_code == 2 and wanted in done.stderr, (done.stderr, done.exception)
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_checkpoints_of_which_none_can_be_read_end_the_run_and_change_nothing(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
+    out = tmp_path / "run"
+    shutil.copytree(finished_run[0], out)
+    (out / "finished").unlink()                                          # killed in its last validation
+    for path in (out / "checkpoints").glob("step-*/state.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in (out / "metrics.jsonl", *(out / "final").iterdir())}
+    done = CliRunner().invoke(train.main, ["--out", str(out), "--resume"])
+    assert done.exit_code == 2 and "none of the 1 checkpoints" in done.stderr, (done.stderr, done.exception)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_what_is_finished_needs_no_checkpoints(finished_run, tmp_path, monkeypatch):
+    """Neither the teacher nor the student is trained again because somebody made room."""
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
+    monkeypatch.setattr(Run, "train", lambda run: 1 / 0)
+    out = tmp_path / "run"
+    shutil.copytree(finished_run[0], out)
+    for folder in (out, out / "teacher"):
+        shutil.rmtree(folder / "checkpoints")
+    logs = [(folder / "metrics.jsonl").read_bytes() for folder in (out, out / "teacher")]
+    done = CliRunner().invoke(train.main, ["--out", str(out), "--resume"])
+    assert done.exit_code == 0 and done.stdout.count("finished before") == 2, (done.output, done.exception)
+    assert logs == [(folder / "metrics.jsonl").read_bytes() for folder in (out, out / "teacher")]
 
 
 def test_one_run_a_folder_at_a_time(finished_run):
