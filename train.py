@@ -544,22 +544,21 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
             return click.echo(ladder({n: options[n] for n in given}, out or "runs/ablation", say=click.echo))
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from None
-    if nproc is None:
-        nproc = max(1, torch.cuda.device_count() if options["device"] != "cpu" else 1)
-        if not options["data"]:  # the atlas makes few rows: as many processes as can share them evenly
-            sizes = ATLAS_RECIPE | {n: options[n] for n in given}
-            rows, _ = rows_of(sizes["tokens_per_batch"], sizes["max_length"])
-            nproc = max(n for n in range(1, nproc + 1) if rows % n == 0)
     if out is None:
         runs = pathlib.Path("runs")
         if resume:
             raise UserError("--resume needs --out, the folder of the run to go on with")
         out = next(p for i in range(1, 10 ** 6) if not ((p := runs / ("atlas" if i == 1 else f"atlas-{i}")) / "run.json").exists())
+    settings = settle(options, given, pathlib.Path(out), resume, extend)
+    if nproc is None:
+        nproc = max(1, torch.cuda.device_count() if settings["device"] != "cpu" else 1)
+        if not settings["data"]:  # the atlas makes few rows: as many processes as can share them evenly
+            rows, _ = rows_of(settings["tokens_per_batch"], settings["max_length"])
+            nproc = max(n for n in range(1, nproc + 1) if rows % n == 0)
     if nproc > 1 and "LOCAL_RANK" not in os.environ:
         arguments = sys.argv[1:] + ([] if ctx.get_parameter_source("out") == click.core.ParameterSource.COMMANDLINE
                                     else ["--out", str(out)])
         sys.exit(launch(__file__, nproc, arguments))
-    settings = settle(options, given, pathlib.Path(out), resume, extend)
     try:
         train_all(settings, pathlib.Path(out))
     except (ValueError, click.ClickException, RuntimeError) as error:

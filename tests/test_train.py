@@ -552,6 +552,18 @@ def test_processes_without_nproc(tmp_path, monkeypatch, options, wanted):
     assert asked == [wanted]
 
 
+@pytest.mark.parametrize("started, wanted", [(dict(data="x"), [8]), (dict(data="x", device="cpu"), []), (dict(tokens_per_batch=6144), [6])])
+def test_processes_of_a_resumed_run_are_chosen_by_how_it_was_started(tmp_path, monkeypatch, started, wanted):
+    """`--out RUN --resume` alone, with 8 GPUs: all for data, none for a run on the CPU, 6 of the atlas's 6 rows."""
+    asked = []
+    (tmp_path / "run.json").write_text(json.dumps(dict(data=None, device="auto", steps=4, tokens_per_batch=4096, max_length=64) | started))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(train, "launch", lambda program, nproc, arguments: asked.append(nproc) or 0)
+    monkeypatch.setattr(train, "train_all", lambda settings, out: None)
+    assert CliRunner().invoke(train.main, ["--out", str(tmp_path), "--resume"]).exit_code == 0
+    assert asked == wanted
+
+
 def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
     out, _ = finished_run
     other = tmp_path / "other"
