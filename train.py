@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from checkpoint import Checkpoints
-from data import (IGNORE, BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, packed_batch, prepare,
+from data import (IGNORE, BatchConfig, Corpus, PackedBatch, Prefetcher, load_tokenizer, manifest_digest, packed_batch, prepare,
                   sampling_probabilities, slot_probabilities)
 from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
@@ -479,6 +479,13 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         corpus = Corpus(data)
     except (ValueError, OSError) as error:
         raise UserError(f"{error}") from None
+    text = manifest_digest(corpus.manifest)
+    if settings.setdefault("data_sha256", text) != text:  # of a run of before this was kept: what it is now
+        onwards = f" with --init {out / 'final'}" if (out / "final").is_dir() else ""
+        raise UserError(f"{data} is not what it was when the run in {out} began (prepare --append or --overwrite); bring it back, "
+                        f"or start a new run{onwards} and another --out")
+    if world.rank == 0:
+        write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
     teacher = reread = None
     distils = any(getattr(config, name) for name in DISTILLATION)
     if settings["teacher"] and (distils or config.init_from_teacher):

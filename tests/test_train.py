@@ -636,6 +636,27 @@ def test_checkpoints_of_which_none_can_be_read_end_the_run_and_change_nothing(fi
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_run_does_not_go_on_with_other_data(finished_run, corpus, tmp_path, monkeypatch):
+    """Made anew from other text, of the same vocabulary size: every shape fits. A run of before the digest was kept goes on."""
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
+    out, data, text = tmp_path / "run", tmp_path / "data", tmp_path / "text"
+    shutil.copytree(finished_run[0], out)
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["data_sha256"] == json.loads((corpus.folder / "manifest.json").read_text())["sha256"]
+    shutil.copytree(corpus.folder.parent / "text", text)
+    (text / "en.txt").write_text((text / "en.txt").read_text()[:-1000])
+    prepare(text, data, vocab_size=corpus.vocab_size, validation_share=0.05, tokenizer=corpus.tokenizer_path)
+    (out / "run.json").write_text(json.dumps(settings | dict(data=str(data))))
+    before = (out / "metrics.jsonl").read_bytes()
+    done = CliRunner().invoke(train.main, ["--out", str(out), "--resume"])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, (done.stderr, done.exception)
+    assert "is not what it was" in done.stderr and f"--init {out / 'final'}" in done.stderr
+    assert before == (out / "metrics.jsonl").read_bytes()
+    del settings["data_sha256"]
+    (out / "run.json").write_text(json.dumps(settings))
+    assert CliRunner().invoke(train.main, ["--out", str(out), "--resume"]).exit_code == 0
+
+
 def test_what_is_finished_needs_no_checkpoints(finished_run, tmp_path, monkeypatch):
     """Neither the teacher nor the student is trained again because somebody made room."""
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
