@@ -44,6 +44,7 @@ class Checkpoints:
     def __init__(self, folder: os.PathLike | str, keep: int = 2, keep_every: int = 0, warn=print):
         self.folder, self.keep, self.keep_every, self.warn = pathlib.Path(folder), keep, keep_every, warn
         self.thread: threading.Thread | None = None
+        self.failed = False  # the last one could not be written
 
     def steps(self) -> list[int]:
         names = os.listdir(self.folder) if self.folder.is_dir() else ()  # glob would take an unreadable folder for an empty one
@@ -82,10 +83,12 @@ class Checkpoints:
             sync_folder(self.folder)
             write_atomically(self.folder / "latest", [self.path(step).name.encode()])
             self._prune(step)
+            self.failed = False
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             self.warn(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, "
                       f"the checkpoints before it are intact")
             shutil.rmtree(hidden, ignore_errors=True)
+            self.failed = True
 
     def _prune(self, newest: int) -> None:
         """Later ones than `newest`, just written, are of before a resumption that passed over them: they do not count."""

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import resource
+from contextlib import suppress
 
 import click
 import torch
@@ -22,15 +23,31 @@ class Log:
 
     def __init__(self, folder: pathlib.Path, config: TrainConfig, step_tokens: int):
         self.folder, self.config, self.step_tokens, self.events = folder, config, step_tokens, None
+        self.warned = False
 
     def __call__(self, record: dict) -> None:
-        """One object a line into metrics.jsonl, one line for people on the terminal."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        """One object a line into metrics.jsonl, one line for people on the terminal. A full disk does not end the run."""
+        try:
+            self.write(record)
+        except OSError as error:
+            if not self.warned:
+                click.echo(f"warning: the log in {self.folder} cannot be written ({error}); training goes on, lines will be missing", err=True)
+            self.warned = True
+        click.echo(self.line(record))
+
+    def write(self, record: dict) -> None:
+        path = self.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next one
+            raise
         if self.config.tensorboard:
             self.events = self.events or Events(self.folder, record["step"])
             self.events.add(record)
-        click.echo(self.line(record))
 
     def line(self, record: dict) -> str:
         if "validation" in record:

@@ -84,12 +84,14 @@ def end_of_rank(error: Exception) -> None:
     """Turn an error of one rank into its exit. Called in an `except` block.
 
     Bad input fails on all ranks of a machine alike, and the first there says it. A lost connection means that another rank died, and
-    the launcher says which. Anything else is raised again.
+    the launcher says which. What the system refused (OSError) is said in one line, exit code 1. Anything else is raised again.
     """
     if isinstance(error, (ValueError, click.ClickException)):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         raise error if isinstance(error, click.ClickException) else UserError(str(error)) from error
+    if isinstance(error, OSError):  # a full disk, most likely: nothing that a traceback would explain better
+        raise click.ClickException(str(error)) from error
     if dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "TCPStore")):
         raise SystemExit(3) from None
     raise error

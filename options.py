@@ -190,7 +190,7 @@ def claimed(out: pathlib.Path, settings: dict):
     write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
     try:
         yield
-    except (ValueError, click.ClickException, KeyboardInterrupt):
+    except (ValueError, OSError, click.ClickException, KeyboardInterrupt):
         if fresh and not any((folder / "metrics.jsonl").exists() for folder in (out, out / "teacher")):
             for name in ("run.json", "config.json", ".lock"):
                 (out / name).unlink(missing_ok=True)

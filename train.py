@@ -355,6 +355,10 @@ class Run:
 
     def stop(self) -> None:
         self.checkpoints.wait()
+        if self.checkpoints.failed:  # only rank 0 saves
+            click.echo(f"Error: stopped after step {self.step}, which could not be saved. When that is mended, --resume goes on from "
+                       f"the checkpoint before it", err=True)
+            raise SystemExit(1)
         self.world.say(f"stopped after step {self.step}; go on with: python train.py --out {self.top} --resume")
         raise SystemExit(0)
 
@@ -568,7 +572,7 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         sys.exit(launch(__file__, nproc, arguments))
     try:
         train_all(settings, pathlib.Path(out))
-    except (ValueError, click.ClickException, RuntimeError) as error:
+    except (ValueError, click.ClickException, RuntimeError, OSError) as error:
         end_of_rank(error)
     finally:
         leave_group()

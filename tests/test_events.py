@@ -1,5 +1,6 @@
 """train.py --tensorboard: the numbers of metrics.jsonl as event files, or one line where that is not possible."""
 import json
+import resource
 import sys
 
 import pytest
@@ -8,12 +9,30 @@ from click.testing import CliRunner
 import atlas
 import train
 from data import prepare
-from events import Events, scalars
+from events import Events, Log, scalars
 
 
 def test_scalars():
     record = {"step": 3, "loss": 0.5, "validation": {"mlm_loss": 2, "languages": {"ro": 1.5}}, "note": "text", "none": None}
     assert dict(scalars(record)) == {"step": 3, "loss": 0.5, "validation/mlm_loss": 2, "validation/languages/ro": 1.5}
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
+    """In the middle of a line: half of it would spoil the next one, after somebody made room."""
+    log = Log(tmp_path, train.TrainConfig(), 1)
+    record = lambda step: {"step": step, "validation": {"mlm_loss": 2.0}}  # noqa: E731
+    log(record(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 10, limits[1]))
+    try:
+        log(record(2))
+        log(record(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log(record(4))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    printed = capsys.readouterr()
+    assert printed.out.count("validation") == 4 and printed.err.count("warning: the log") == 1
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):

@@ -490,6 +490,22 @@ def test_a_signal_in_the_last_step_stops_before_the_next_stage(make_run, corpus,
     assert f"stopped after step 2; go on with: python train.py --out {run.out} --resume" in capsys.readouterr().out
 
 
+def test_a_stop_that_could_not_save_says_so(make_run, monkeypatch, capsys):
+    run = make_run()
+    monkeypatch.setattr(torch, "save", lambda *arguments: exec("raise OSError(28, 'No space left on device')"))
+    run.save()
+    with pytest.raises(SystemExit) as stop:
+        run.stop()
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and "could not be saved" in printed.err and "go on with" not in printed.out
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_all", lambda *arguments: open(tmp_path / "none" / "file", "w"))
+    done = CliRunner().invoke(train.main, ["--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1 and "No such file" in done.stderr, (done.stderr, done.exception)
+
+
 def test_processes_that_see_different_checkpoints_stop(make_run, monkeypatch):
     run = make_run()
     run.resume()                                                        # all at step 0
