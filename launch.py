@@ -4,7 +4,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import pathlib
 import sys
+import tempfile
 from dataclasses import dataclass
 
 import click
@@ -113,6 +115,14 @@ def leave_group() -> None:
         os._exit(0)
 
 
+STOPPED = "UNIBERT_STOPPED"  # names the file in which rank 0 tells `launch` that it has saved and stopped
+
+
+def tell_stopped() -> None:
+    if STOPPED in os.environ:
+        pathlib.Path(os.environ[STOPPED]).write_text("saved")
+
+
 def launch(program: str, nproc: int, arguments: list[str]) -> int:
     """Run `program` in `nproc` processes of this machine through torch's elastic launcher; returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -120,13 +130,21 @@ def launch(program: str, nproc: int, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # said in one line below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    # Seconds to finish the step and save after a signal was passed on. Torch's 30 are few for a large model; before 2.12 they are fixed.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0)
     try:
-        elastic_launch(config, sys.executable)("-u", os.path.abspath(program), *arguments)
-        return 0
-    except SignalException:  # passed on to the processes, which have saved and stopped
-        return 0
+        with tempfile.NamedTemporaryFile() as stopped:  # how the processes ended, the launcher does not say after a signal
+            os.environ[STOPPED] = stopped.name
+            try:
+                elastic_launch(config, sys.executable)("-u", os.path.abspath(program), *arguments)
+                return 0
+            except SignalException as error:
+                if os.path.getsize(stopped.name):
+                    return 0
+                click.echo(f"Error: stopped by {error.sigval.name}, and nothing was saved after it. Go on with --resume", err=True)
+                return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2:

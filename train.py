@@ -39,7 +39,7 @@ from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
 from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
-from launch import UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group
+from launch import UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group, tell_stopped
 from objective import Objective, batch_counts
 from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, rows_of,
                      settle)
@@ -360,6 +360,8 @@ class Run:
                        f"the checkpoint before it", err=True)
             raise SystemExit(1)
         self.world.say(f"stopped after step {self.step}; go on with: python train.py --out {self.top} --resume")
+        if self.world.rank == 0:
+            tell_stopped()
         raise SystemExit(0)
 
     def save(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from data import prepare
+from launch import STOPPED, launch
 
 REPO = pathlib.Path(train.__file__).parent
 OPTIONS = ("--preset", "tiny", "--steps", "12", "--tokens-per-batch", "4096", "--micro-batch-tokens", "2048", "--max-length", "32",
@@ -111,6 +112,43 @@ def test_a_dead_rank_ends_all_within_a_minute(data, tmp_path):
     printed = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and time.time() - since < 60
     assert "SIGKILL" in printed or "Signal 9" in printed or "-9" in printed
+
+
+SLOW = """
+import os, pathlib, signal, sys, time
+from launch import tell_stopped
+def stop(number, frame):
+    time.sleep(float(sys.argv[2]))  # the step, and the checkpoint
+    tell_stopped()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("needed, code", [(0.1, 0), (30, 1)])
+def test_a_stop_that_was_cut_off_is_none(tmp_path, needed, code):
+    """The launcher's patience is here two seconds: one process stops within them, the other is killed before it has saved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    call = f"from launch import launch; import sys; sys.exit(launch({str(tmp_path / 'slow.py')!r}, 1, [{str(tmp_path)!r}, '{needed}']))"
+    process = subprocess.Popen([sys.executable, "-c", call], cwd=REPO, stderr=subprocess.PIPE, text=True, env=dict(
+        os.environ, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", PYTHONPATH=str(REPO)))
+    while not (tmp_path / "0").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code and said.count("nothing was saved") == code, said
+
+
+def test_a_step_and_its_checkpoint_may_take_an_hour(monkeypatch):
+    for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS", STOPPED):  # so that what launch sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    configs = []
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, program: configs.append(config) or (lambda *a: None))
+    assert launch("train.py", 2, []) == 0 and configs[0].shutdown_timeout == 3600
 
 
 def test_a_bad_option_is_said_once_by_all_ranks(data, tmp_path):
