@@ -75,14 +75,17 @@ def read_safetensors(path: os.PathLike | str) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a safetensors file, or cut off (its header would be longer than the file)")
         try:
             header = json.loads(file.read(length))
-            entries = [(name, _DTYPES[e["dtype"]], [int(n) for n in e["shape"]], *map(int, e["data_offsets"]))
-                       for name, e in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = []
+            for name, e in header.items():
+                if name != "__metadata__":
+                    start, stop = map(int, e["data_offsets"])
+                    entries.append((name, _DTYPES[e["dtype"]], [int(n) for n in e["shape"]], start, stop))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: the safetensors header cannot be read ({type(error).__name__}: {error})") from None
         tensors, end = {}, 0
         for name, dtype, shape, start, stop in sorted(entries, key=lambda e: (e[3], e[4])):
             wanted = math.prod(shape) * dtype.itemsize
-            if start != end or stop - start != wanted or min(shape, default=0) < 0 or stop > size - 8 - length:
+            if start != end or stop - start != wanted or stop > size - 8 - length or not all(0 <= n < 2 ** 31 for n in shape):
                 raise ValueError(f"{path}: the header gives {name} the bytes {start} to {stop}, which do not fit "
                                  f"its shape {shape}, its neighbour or the file; the file is damaged")
             data = bytearray(file.read(wanted))

@@ -67,6 +67,9 @@ class UniBERTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        for name in ("norm_eps", "rope_theta", "local_rope_theta"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a number above 0")
         if not isinstance(self.head_size, int) or self.head_size < 0 or self.head_size % 2:
             raise ValueError(f"head_size is {self.head_size!r}; it must be an even number, or 0 for hidden_size / num_heads")
         if not self.head_size and (self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 2):
@@ -454,10 +457,15 @@ class _NoDraws(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def empty_model(config: UniBERTConfig) -> UniBERT:
-    """A model of shapes alone, for load_state_dict(..., assign=True)."""
-    with torch.device("meta"), _NoDraws():
-        return UniBERT(config)
+def empty_model(config: UniBERTConfig, tensors: int | None = None) -> UniBERT:
+    """A model of shapes alone, for load_state_dict(..., assign=True). ValueError for sizes that no file of `tensors` tensors has."""
+    if tensors is not None and config.num_layers > tensors:  # else a config.json could keep us busy for days
+        raise ValueError(f"config.json asks for {config.num_layers:,} layers, the weights are {tensors:,} tensors")
+    try:
+        with torch.device("meta"), _NoDraws():
+            return UniBERT(config)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"config.json asks for sizes that no tensor can have ({str(error).splitlines()[0]})") from None
 
 
 def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") -> UniBERT:
@@ -469,11 +477,15 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
             raise ValueError(f"{folder} is not a model folder: it has no {name}{inside}")
     try:
         config = UniBERTConfig(**json.loads((folder / "config.json").read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'config.json'} is not a UniBERT's ({error}); others' checkpoints are brought in by "
                          "`python unibert.py import`") from None
-    model = empty_model(config)
-    tensors, wanted = read_safetensors(folder / "model.safetensors"), model.state_dict()
+    tensors = read_safetensors(folder / "model.safetensors")
+    try:
+        model = empty_model(config, len(tensors))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    wanted = model.state_dict()
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise ValueError(f"{folder / 'model.safetensors'}: tensor {name} is " +
                          ("missing" if name in wanted else "not part of the model that config.json describes"))
@@ -481,6 +493,8 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{folder / 'model.safetensors'}: {name} has shape {list(tensor.shape)}, config.json "
                              f"asks for {list(wanted[name].shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{folder / 'model.safetensors'}: {name} is {tensor.dtype}; weights are floats")
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval()
 

@@ -99,7 +99,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is no JSON object")
@@ -165,7 +165,7 @@ def read_config(folder: Path) -> tuple[str, UniBERTConfig, int, int]:
                                  block="post", norm_eps=float(config.get("layer_norm_eps", 1e-12)))
     except KeyError as error:
         raise ValueError(f"{path}: has no {error.args[0]}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if not 16 <= ours.head_dim <= 128:
         raise ValueError(f"{path}: heads of {ours.head_dim} numbers; kernels.attention takes 16 to 128")
@@ -182,21 +182,22 @@ def _modern_config(config: dict, path: Path, need) -> UniBERTConfig:
         every = next((i for i, kind in enumerate(types) if i and kind == "full_attention"), max(layers, 2))
     if every < 1:
         raise ValueError(f"{path}: global_attn_every_n_layers is {every}; it must be at least 1")
-    pattern = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
-    if types is not None and types != pattern:
+    mixed = layers > 1 and every > 1
+    kinds = ("full_attention", "sliding_attention")
+    if types is not None and (len(types) != layers or any(kind != kinds[i % every > 0] for i, kind in enumerate(types))):
         raise ValueError(f"{path}: layer_types does not turn to full attention at every n-th layer; not supported")
     thetas = config.get("rope_parameters") or {}
     local, wide = (thetas.get(key, {}) for key in ("sliding_attention", "full_attention"))
     if any(part.get("rope_type", "default") != "default" for part in (local, wide)):
         raise ValueError(f"{path}: scaled rotary positions are not supported")
     length = int(config["max_position_embeddings"])
-    if "sliding_attention" in pattern:                        # up to here no local layer's window cuts anything off
+    if mixed:                                                 # up to here no local layer's window cuts anything off
         length = min(length, int(config.get("local_attention", 128)) // 2 + 1)
     return UniBERTConfig(
         int(config["vocab_size"]), int(config["hidden_size"]), layers, int(config["num_attention_heads"]),
         int(config["intermediate_size"]), length, block="modern", norm_eps=float(config.get("norm_eps", 1e-5)),
         rope_theta=float(wide.get("rope_theta", config.get("global_rope_theta", 160_000.0))),
-        global_every=every if "sliding_attention" in pattern else 1,
+        global_every=every if mixed else 1,
         local_rope_theta=float(local.get("rope_theta", config.get("local_rope_theta", 10_000.0))))
 
 
@@ -238,7 +239,7 @@ def convert_weights(tensors: dict[str, Tensor], kind: str, config: UniBERTConfig
             tensors.setdefault(tied, copy)
     config = dataclasses.replace(config, mlm_head=any(name.startswith(tuple(family["head"].values()))
                                                       for name in tensors))
-    model = empty_model(config)
+    model = empty_model(config, len(tensors))
     token_types = tensors.pop(TOKEN_TYPES, None)
     wanted, state = {}, {}
     for name, slot in model.state_dict().items():

@@ -317,7 +317,7 @@ def read_wordpiece(folder: Path | str) -> tuple[WordPiece, list[int]]:
         options = (config.get("do_lower_case", True), config.get("strip_accents"),
                    config.get("tokenize_chinese_chars", True))
         kind, first = config.get("tokenizer_class") or "BertTokenizer", config.get("word_tokenizer_type") or "basic"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}: its vocabulary cannot be read ({error})") from None
     if first != "basic" or not re.fullmatch("(Bert|DistilBert|Electra|MobileBert|PreTrained)Tokenizer(Fast)?", kind):
         raise ValueError(f"{settings}: {kind} splits text in a way of its own{'' if first == 'basic' else f' ({first})'}; "
@@ -369,7 +369,7 @@ def read_tokenizer_json(path: Path | str):
         byte = bool(model.get("byte_fallback"))
         pieces = OURS + [(names[i], float(model["vocab"][i][1]),
                           BYTE if byte and BYTE_PIECE.fullmatch(names[i]) else NORMAL) for i in rows[5:]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: cannot be used ({type(error).__name__}: {error})") from None

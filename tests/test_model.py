@@ -276,13 +276,23 @@ def test_damaged_safetensors_are_refused(tmp_path, damage):
         read_safetensors(path)
 
 
+@pytest.mark.parametrize("header", [
+    "[" * 200_000, *(json.dumps({"a": dict(dtype="F32", shape=shape, data_offsets=offsets)}) for shape, offsets in (
+        ([0], [0]), ([0], [0, 0, 0]), ([0, 2 ** 70], [0, 0]), ([math.inf], [0, 0])))])
+def test_a_header_made_to_confuse_is_refused(tmp_path, header):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(ValueError, match="x.safetensors: .+"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
 def test_model_folder_faults_are_named(tmp_path):
     model = small_model()
     with pytest.raises(ValueError, match="has no config.json"):
         load_model(tmp_path)
     for fault, message in [(lambda t: t.pop("final_norm.weight"), "final_norm.weight is missing"),
                            (lambda t: t.update(extra=torch.ones(1)), "extra is not part of the model"),
-                           (lambda t: t.update({"final_norm.weight": torch.ones(5)}), r"has shape \[5\]")]:
+                           (lambda t: t.update({"final_norm.weight": torch.ones(5)}), r"has shape \[5\]"),
+                           (lambda t: t.update({k: v.long() for k, v in t.items()}), "is torch.int64")]:
         save_model(model, tmp_path / "m")
         tensors = dict(model.state_dict())
         fault(tensors)
@@ -292,7 +302,17 @@ def test_model_folder_faults_are_named(tmp_path):
     (tmp_path / "m" / "config.json").write_text('{"hidden_size": 32, "colour": 1}')
     with pytest.raises(ValueError, match="colour"):
         load_model(tmp_path / "m")
-    for name, value in (("num_layers", 4.0), ("num_layers", "4"), ("global_every", 0), ("dropout", "a"), ("dropout", 1)):
+    save_model(model, tmp_path / "m")
+    for name, value, message in (
+            *((name, value, "config.json is not a UniBERT's") for name, value in (
+                ("num_layers", 4.0), ("num_layers", "4"), ("global_every", 0), ("dropout", "a"), ("dropout", 1), ("norm_eps", "x"),
+                ("norm_eps", math.nan), ("rope_theta", None), ("local_rope_theta", []))),
+            ("num_layers", 10 ** 8, "100,000,000 layers"), ("intermediate_size", 10 ** 12, "sizes that no tensor can have|has shape"),
+            ("vocab_size", 10 ** 30, "sizes that no tensor can have")):
         (tmp_path / "m" / "config.json").write_text(json.dumps(dataclasses.asdict(model.config) | {name: value}))
-        with pytest.raises(ValueError, match="config.json is not a UniBERT's"):
+        with pytest.raises(ValueError, match=message) as refusal:
             load_model(tmp_path / "m")
+        assert "\n" not in str(refusal.value)
+    (tmp_path / "m" / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="config.json is not a UniBERT's"):
+        load_model(tmp_path / "m")
