@@ -15,7 +15,7 @@ from batches import IGNORE, validation_batches
 def evaluate(run) -> dict:
     """Masked-token loss and accuracy on validation documents: over all, by language, by resource tier.
 
-    With a teacher also its own loss, and how often and how closely the student agrees with it.
+    With a teacher also its own loss, and how often and how closely the student agrees with it. Empty where no text is held out.
     """
     model, world = run.model, run.world
     teacher = run.objective.teacher if run.objective.predictions_of_teacher else None
@@ -41,6 +41,8 @@ def evaluate(run) -> dict:
                 F.kl_div(ours, theirs, log_target=True, reduction="sum")]).double().cpu()
     totals = world.sum(totals.to(run.device, torch.float32)).double().cpu()
     model.train()
+    if not totals[:, 0].sum():
+        return {}
     means = totals / totals[:, :1].clamp_min(1)
     whole = totals.sum(0) / totals[:, 0].sum().clamp_min(1)
     order = np.argsort(-run.corpus.tokens_per_language, kind="stable")
@@ -67,8 +69,10 @@ def unigram_loss(run) -> float:
 
 def final_table(run, scores: dict, baseline: float, last: dict, speed: float) -> str:
     """The end of a run in one screen. speed: tokens/s."""
-    rows = [("validation MLM loss", f"{scores['mlm_loss']:.3f}", f"unigram model {baseline:.3f}"),
-            ("masked tokens right", f"{scores['accuracy']:.1%}", "")]
+    rows = [("validation", "none", "no held-out text")]
+    if scores:
+        rows = [("validation MLM loss", f"{scores['mlm_loss']:.3f}", f"unigram model {baseline:.3f}"),
+                ("masked tokens right", f"{scores['accuracy']:.1%}", "")]
     if "teacher_loss" in scores:
         rows[0] = (*rows[0][:2], rows[0][2] + f", teacher {scores['teacher_loss']:.3f}")
         before = scores.get("before")
@@ -76,7 +80,7 @@ def final_table(run, scores: dict, baseline: float, last: dict, speed: float) ->
                      + (f"; before training {before['agreement']:.1%}, KL {before['kl']:.3f}" if before else "")))
     if "adv_loss" in last:
         rows.append(("adversary names the language", f"{last['discriminator_accuracy']:.1%}", f"chance {last['chance']:.1%}"))
-    for name, loss in scores["tiers"].items():
+    for name, loss in scores.get("tiers", {}).items():
         rows.append((f"  MLM loss, languages with {name}", f"{loss:.3f}", ""))
     parameters = sum(p.numel() for p in run.model.parameters())
     rows.append(("parameters", f"{parameters / 1e6:.2f} M", f"{run.tokens_seen:,} tokens, {speed:,.0f} tokens/s"))

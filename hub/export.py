@@ -171,7 +171,8 @@ def model_card(model: UniBERT, kind: str, folder: Path) -> str:
         lines.append("Not recorded.")
     lines += ["", "## Scores", ""]
     scores = [(k, v) for k, v in validation.items() if isinstance(v, (int, float))]
-    lines += [f"- {name}, on held-out documents: {value:.4f}" for name, value in scores] or ["Not recorded."]
+    lines += [f"- {name}, on held-out documents: {value:.4f}" for name, value in scores] or [
+        "Not measured: the run had no held-out text." if recipe else "Not recorded."]
     lines += ["", "## Use", "", "```python", "from sentence_transformers import SentenceTransformer",
               'vectors = SentenceTransformer("FOLDER").encode(["A sentence.", "Another one."])   # mean over tokens']
     if c.mlm_head:

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 import atlas
 import train
 from data import MASK, Corpus, load_tokenizer, pack_sequences, prepare
+from hub.export import model_card
 from hub.reread import Remembered, Reread, reader_of
 from hub.vocabulary import SentencePieceModel, keep_pieces
 from kernels.bench import Clock
@@ -504,6 +505,16 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_all", lambda *arguments: open(tmp_path / "none" / "file", "w"))
     done = CliRunner().invoke(train.main, ["--out", str(tmp_path / "run"), "--device", "cpu"])
     assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1 and "No such file" in done.stderr, (done.stderr, done.exception)
+
+
+def test_without_held_out_text_no_figure_is_made_up(corpus, tmp_path, capsys):
+    prepare(corpus.folder.parent / "text", tmp_path / "data", languages=["en"], vocab_size=500, validation_share=0.0)
+    config = dataclasses.replace(TINY, steps=2, eval_every=1)
+    train.train_stage(config, Corpus(tmp_path / "data"), tmp_path / "run", World(), "model")
+    printed, log = capsys.readouterr().out, (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert printed.count("no held-out text") == 3 and "MLM loss" not in printed and "masked tokens right" not in printed
+    assert len(log.splitlines()) == 2 and "validation" not in log
+    assert "no held-out text" in model_card(load_model(tmp_path / "run" / "final"), "modernbert", tmp_path / "run" / "final")
 
 
 def test_processes_that_see_different_checkpoints_stop(make_run, monkeypatch):
