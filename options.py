@@ -132,6 +132,15 @@ def rows_of(tokens_per_batch: int, max_length: int) -> tuple[int, int]:
     return max(1, tokens_per_batch // row), row
 
 
+def not_as_asked(config: TrainConfig):
+    """Yields a line for each number of tokens that is not a number of rows."""
+    rows, row = rows_of(config.tokens_per_batch, config.max_length)
+    if rows * row != config.tokens_per_batch:
+        yield f"--tokens-per-batch {config.tokens_per_batch:,}: it will be {rows * row:,}, whole rows of {row:,}"
+    if config.micro_batch_tokens < row:
+        yield f"--micro-batch-tokens {config.micro_batch_tokens:,}: it will be {row:,}, one row"
+
+
 RUNS_THE_SAME = ("micro_batch_tokens", "device", "log_every", "eval_every", "eval_tokens", "save_every", "compile",
                  "cuda_graphs", "teacher_cache", "teacher_cache_file", "checkpoint_activations", "profile", "tensorboard", "keep", "keep_every")
 
@@ -148,6 +157,8 @@ def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, exte
     """The run's settings: what was given, over those of the run to resume, over the atlas recipe, over defaults."""
     if extend and not resume:
         raise UserError("--extend goes with --resume: it lets a run go on for more --steps")
+    if extend and "steps" not in given:
+        raise UserError("--extend needs --steps, how many there shall be in all")
     if resume:
         path = out / "run.json"
         if not path.is_file():
@@ -171,6 +182,14 @@ def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, exte
     if (out / "run.json").exists():
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
     return options | ({} if options["data"] else {k: v for k, v in ATLAS_RECIPE.items() if k not in given})
+
+
+def same_data(settings: dict, out: pathlib.Path, data: pathlib.Path, sha256: str) -> None:
+    """Put the data's manifest_digest into the run's settings. UserError if they hold another: the run began with other data."""
+    if settings.setdefault("data_sha256", sha256) != sha256:  # a run of before this was kept goes on
+        onwards = f" with --init {out / 'final'}" if (out / "final").is_dir() else ""
+        raise UserError(f"{data} is not what it was when the run in {out} began (prepare --append or --overwrite); bring it back, "
+                        f"or start a new run{onwards} and another --out")
 
 
 @contextmanager

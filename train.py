@@ -41,8 +41,8 @@ from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
 from launch import UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group, tell_stopped
 from objective import Objective, batch_counts
-from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, rows_of,
-                     settle)
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, not_as_asked,
+                     rows_of, same_data, settle)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -316,6 +316,8 @@ class Run:
                 broadcast_buffers=False, find_unused_parameters=not (config.mlm_weight or config.kd_weight))
             if config.reduce_dtype == "bfloat16":
                 module.register_comm_hook(world.size, average_in_bfloat16)
+        if config.profile and config.steps - self.step < 7:
+            world.say("--profile: it looks at the fifth to the seventh step from here, and there are fewer; nothing will be written")
         self.objective.train()
         record, clock, since = {}, time.perf_counter(), self.tokens_seen
         with profiler(self.out, self.device) if config.profile and world.rank == 0 else nullcontext() as profile:
@@ -485,13 +487,11 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         corpus = Corpus(data)
     except (ValueError, OSError) as error:
         raise UserError(f"{error}") from None
-    text = manifest_digest(corpus.manifest)
-    if settings.setdefault("data_sha256", text) != text:  # of a run of before this was kept: what it is now
-        onwards = f" with --init {out / 'final'}" if (out / "final").is_dir() else ""
-        raise UserError(f"{data} is not what it was when the run in {out} began (prepare --append or --overwrite); bring it back, "
-                        f"or start a new run{onwards} and another --out")
+    same_data(settings, out, data, manifest_digest(corpus.manifest))
     if world.rank == 0:
         write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
+    for line in not_as_asked(config):
+        world.say(line)
     teacher = reread = None
     distils = any(getattr(config, name) for name in DISTILLATION)
     if settings["teacher"] and (distils or config.init_from_teacher):

@@ -633,6 +633,21 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"other", "wide", "narrow", "broken", "file"}
 
 
+def test_extend_needs_a_number_of_steps(finished_run):
+    done = CliRunner().invoke(train.main, ["--out", str(finished_run[0]), "--resume", "--extend"])
+    assert done.exit_code == 2 and done.stderr == "Error: --extend needs --steps, how many there shall be in all\n"
+
+
+def test_what_is_not_as_asked_is_said(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
+    done = CliRunner().invoke(train.main, [*map(str, SHORT), "--data", str(corpus.folder), "--out", str(tmp_path / "run"), "--kd-weight", "0",
+                                           "--tokens-per-batch", "3000", "--micro-batch-tokens", "512", "--steps", "2", "--profile"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    for wanted in ("--tokens-per-batch 3,000: it will be 2,048,", "--micro-batch-tokens 512: it will be 1,024,", "--profile: it looks at"):
+        assert done.stdout.count(wanted) == 1, done.stdout
+    assert not (tmp_path / "run" / "trace.json").exists()
+
+
 def test_a_checkpoint_that_does_not_fit_gets_one_line(finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
     for name, change, wanted in (("older", lambda state: state.pop("adv_loss"), "lacks 'adv_loss'"),
