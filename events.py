@@ -32,7 +32,8 @@ class Log:
                 self.write(record)
         except OSError as error:
             if not self.warned:
-                click.echo(f"warning: the log in {self.folder} cannot be written ({error}); training goes on, lines will be missing", err=True)
+                click.echo(f"warning: the log in {self.folder} cannot be written ({error}); training goes on, lines will be missing",
+                           err=True)
             self.warned = True
         click.echo(self.line(record))
 

@@ -130,7 +130,7 @@ def launch(program: str, nproc: int, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # said in one line below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    # Seconds to finish the step and save after a signal was passed on. Torch's 30 are few for a large model; before 2.12 they are fixed.
+    # Seconds to finish the step and save after a signal was passed on. Torch's own 30 are few for a large model.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0)

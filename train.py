@@ -39,10 +39,11 @@ from events import Log, peak_memory, profiler, summary_writer
 from files import write_atomically
 from hub.checkpoints import student_from_layers, trim_model
 from hub.reread import Reread, load_start, load_teacher
-from launch import UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group, tell_stopped
+from launch import (UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group,
+                    tell_stopped)
 from objective import Objective, batch_counts
-from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed, not_as_asked,
-                     rows_of, same_data, settle)
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
+                     not_as_asked, rows_of, same_data, settle)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -317,7 +318,7 @@ class Run:
             if config.reduce_dtype == "bfloat16":
                 module.register_comm_hook(world.size, average_in_bfloat16)
         if config.profile and config.steps - self.step < 7:
-            world.say("--profile: it looks at the fifth to the seventh step from here, and there are fewer; nothing will be written")
+            world.say("--profile: it looks at the fifth to the seventh step from here, there are fewer; nothing will be written")
         self.objective.train()
         record, clock, since = {}, time.perf_counter(), self.tokens_seen
         with profiler(self.out, self.device) if config.profile and world.rank == 0 else nullcontext() as profile:
@@ -358,8 +359,8 @@ class Run:
     def stop(self) -> None:
         self.checkpoints.wait()
         if self.checkpoints.failed:  # only rank 0 saves
-            click.echo(f"Error: stopped after step {self.step}, which could not be saved. When that is mended, --resume goes on from "
-                       f"the checkpoint before it", err=True)
+            click.echo(f"Error: stopped after step {self.step}, which could not be saved. When that is mended, --resume goes on "
+                       f"from the checkpoint before it", err=True)
             raise SystemExit(1)
         self.world.say(f"stopped after step {self.step}; go on with: python train.py --out {self.top} --resume")
         if self.world.rank == 0:

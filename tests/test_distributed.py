@@ -131,7 +131,8 @@ time.sleep(100)
 def test_a_stop_that_was_cut_off_is_none(tmp_path, needed, code):
     """The launcher's patience is here two seconds: one process stops within them, the other is killed before it has saved."""
     (tmp_path / "slow.py").write_text(SLOW)
-    call = f"from launch import launch; import sys; sys.exit(launch({str(tmp_path / 'slow.py')!r}, 1, [{str(tmp_path)!r}, '{needed}']))"
+    program, folder = str(tmp_path / "slow.py"), str(tmp_path)
+    call = f"from launch import launch; import sys; sys.exit(launch({program!r}, 1, [{folder!r}, '{needed}']))"
     process = subprocess.Popen([sys.executable, "-c", call], cwd=REPO, stderr=subprocess.PIPE, text=True, env=dict(
         os.environ, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2", PYTHONPATH=str(REPO)))
     while not (tmp_path / "0").exists():
@@ -147,7 +148,8 @@ def test_a_step_and_its_checkpoint_may_take_an_hour(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     configs = []
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda config, program: configs.append(config) or (lambda *a: None))
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch",
+                        lambda config, program: configs.append(config) or (lambda *arguments: None))
     assert launch("train.py", 2, []) == 0 and configs[0].shutdown_timeout == 3600
 
 

@@ -579,11 +579,13 @@ def test_processes_without_nproc(tmp_path, monkeypatch, options, wanted):
     assert asked == [wanted]
 
 
-@pytest.mark.parametrize("started, wanted", [(dict(data="x"), [8]), (dict(data="x", device="cpu"), []), (dict(tokens_per_batch=6144), [6])])
+@pytest.mark.parametrize("started, wanted", [
+    (dict(data="x"), [8]), (dict(data="x", device="cpu"), []), (dict(tokens_per_batch=6144), [6])])
 def test_processes_of_a_resumed_run_are_chosen_by_how_it_was_started(tmp_path, monkeypatch, started, wanted):
     """`--out RUN --resume` alone, with 8 GPUs: all for data, none for a run on the CPU, 6 of the atlas's 6 rows."""
     asked = []
-    (tmp_path / "run.json").write_text(json.dumps(dict(data=None, device="auto", steps=4, tokens_per_batch=4096, max_length=64) | started))
+    run = dict(data=None, device="auto", steps=4, tokens_per_batch=4096, max_length=64) | started
+    (tmp_path / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(train, "launch", lambda program, nproc, arguments: asked.append(nproc) or 0)
     monkeypatch.setattr(train, "train_all", lambda settings, out: None)
@@ -640,10 +642,12 @@ def test_extend_needs_a_number_of_steps(finished_run):
 
 def test_what_is_not_as_asked_is_said(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
-    done = CliRunner().invoke(train.main, [*map(str, SHORT), "--data", str(corpus.folder), "--out", str(tmp_path / "run"), "--kd-weight", "0",
-                                           "--tokens-per-batch", "3000", "--micro-batch-tokens", "512", "--steps", "2", "--profile"])
+    done = CliRunner().invoke(train.main, [
+        *map(str, SHORT), "--data", str(corpus.folder), "--out", str(tmp_path / "run"), "--kd-weight", "0",
+        "--tokens-per-batch", "3000", "--micro-batch-tokens", "512", "--steps", "2", "--profile"])
     assert done.exit_code == 0, (done.output, done.exception)
-    for wanted in ("--tokens-per-batch 3,000: it will be 2,048,", "--micro-batch-tokens 512: it will be 1,024,", "--profile: it looks at"):
+    for wanted in ("--tokens-per-batch 3,000: it will be 2,048,", "--micro-batch-tokens 512: it will be 1,024,",
+                   "--profile: it looks at"):
         assert done.stdout.count(wanted) == 1, done.stdout
     assert not (tmp_path / "run" / "trace.json").exists()
 
