@@ -84,6 +84,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp
                              env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert harness.returncode == 0, harness.stdout[-3000:] + harness.stderr[-3000:]
     print(harness.stdout.splitlines()[-1])
+    assert int(re.fullmatch(r"\d+ lives, (\d+) kills", harness.stdout.splitlines()[-1])[1]) >= 0.8 * KILLS
     assert steps_logged(out) == list(range(1, 61))
     assert same_weights(out, undisturbed)
 
