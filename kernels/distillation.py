@@ -37,8 +37,9 @@ def reference(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, 
     teacher = F.linear(teacher_x.to(dtype), teacher_weight.to(dtype),
                        None if teacher_bias is None else teacher_bias.to(dtype)).to(wide)
     ce = F.cross_entropy(student, target, reduction="none", ignore_index=ignore_index)
-    kl = F.kl_div(F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
-                  reduction="none", log_target=True).sum(1)
+    terms = F.kl_div(F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
+                     reduction="none", log_target=True)
+    kl = terms.where(teacher > -float("inf"), 0.0).sum(1)        # 0 log 0 = 0, where a bias of -inf rules a class out
     return ce, torch.where(valid, temperature ** 2 * kl, 0.0)
 
 

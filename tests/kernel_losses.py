@@ -189,6 +189,21 @@ def test_classes_ruled_out_by_the_bias(backend, device, dtype):
 
 
 @on_all_paths
+@pytest.mark.parametrize("who", ["both", "teacher"])
+def test_distillation_where_the_bias_rules_classes_out(backend, device, dtype, who):
+    """As for rows that only pad the vocabulary: the teacher's weight there is 0, and so is their part of the KL. (Where the
+    student alone rules a class out, the KL is infinite, as it should be.)"""
+    x, weight, bias, target, *teacher = problem(33, 1301, 16, dtype, device, ignored=0, teacher_width=8)
+    ruled_out = [*range(256, 1024), 1100, 1300]
+    with torch.no_grad():
+        teacher[2][ruled_out] = -float("inf")
+        if who == "both":
+            bias[ruled_out] = -float("inf")
+        target[:] = target % 256
+    assert_close_to_formula(distillation, backend, (x, weight, bias, target, *teacher))
+
+
+@on_all_paths
 def test_losses_under_another_default_dtype(backend, device, dtype, default_dtype):
     tensors = problem(9, 1100, 16, dtype, device, teacher_width=8)
     plain = cross_entropy(backend, *tensors[:4], z_loss=0.1) + distillation(backend, *tensors)
