@@ -342,7 +342,7 @@ def run_all(parts: list[str], quick: bool, device: torch.device, report: Report)
 @click.option("--quick", is_flag=True, help="Small shapes only.")
 @click.option("--only", type=click.Choice(["attention", "losses", "step"]), help="This part alone.")
 @click.option("--compile-only", is_flag=True, help="Compile every pinned configuration; needs no GPU.")
-@click.option("--arch", default="sm_80,sm_90,sm_100", help="With --compile-only: the architectures.")
+@click.option("--arch", default="sm_80,sm_86,sm_90,sm_100", help="With --compile-only: the architectures.")
 @click.option("--tune", "tuning", is_flag=True, help="Time other launch configurations and print the table (GPU).")
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write what is printed to this file.")
 def main(quick, only, compile_only, arch, tuning, out):
