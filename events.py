@@ -27,9 +27,10 @@ class Log:
 
     def __call__(self, record: dict) -> None:
         """One object a line into metrics.jsonl, one line for people on the terminal. A full disk does not end the run."""
+        if record.get("validation") == {}:  # nothing to keep
+            return click.echo(f"step {record['step']:6d}  no held-out text")
         try:
-            if record.get("validation") != {}:  # of no held-out text there is nothing to keep
-                self.write(record)
+            self.write(record)
         except OSError as error:
             if not self.warned:
                 click.echo(f"warning: the log in {self.folder} cannot be written ({error}); training goes on, lines will be missing",
@@ -52,8 +53,6 @@ class Log:
             self.events.add(record)
 
     def line(self, record: dict) -> str:
-        if record.get("validation") == {}:
-            return f"step {record['step']:6d}  no held-out text"
         if "validation" in record:
             return f"step {record['step']:6d}  validation mlm {record['validation']['mlm_loss']:.3f}"
         line = f"step {record['step']:6d}/{self.config.steps}  loss {record['loss']:.3f}"

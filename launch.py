@@ -134,21 +134,19 @@ def launch(program: str, nproc: int, arguments: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0)
-    try:
-        with tempfile.NamedTemporaryFile() as stopped:  # how the processes ended, the launcher does not say after a signal
-            os.environ[STOPPED] = stopped.name
-            try:
-                elastic_launch(config, sys.executable)("-u", os.path.abspath(program), *arguments)
-                return 0
-            except SignalException as error:
-                if os.path.getsize(stopped.name):
-                    return 0
+    with tempfile.NamedTemporaryFile() as stopped:  # how the processes ended, the launcher does not say after a signal
+        os.environ[STOPPED] = stopped.name
+        try:
+            elastic_launch(config, sys.executable)("-u", os.path.abspath(program), *arguments)
+        except SignalException as error:
+            if not os.path.getsize(stopped.name):
                 click.echo(f"Error: stopped by {error.sigval.name}, and nothing was saved after it. Go on with --resume", err=True)
                 return 1
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:
-            return 2
-        how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
-        click.echo(f"Error: the process of rank {rank} ended {how}; all others were stopped. Go on with --resume", err=True)
-        return 1
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode == 2:
+                return 2
+            how = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
+            click.echo(f"Error: the process of rank {rank} ended {how}; all others were stopped. Go on with --resume", err=True)
+            return 1
+    return 0

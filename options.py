@@ -184,6 +184,10 @@ def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, exte
     return options | ({} if options["data"] else {k: v for k, v in ATLAS_RECIPE.items() if k not in given})
 
 
+def write_settings(out: pathlib.Path, settings: dict) -> None:
+    write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
+
+
 def same_data(settings: dict, out: pathlib.Path, data: pathlib.Path, sha256: str) -> None:
     """Put the data's manifest_digest into the run's settings. UserError if they hold another: the run began with other data."""
     if settings.setdefault("data_sha256", sha256) != sha256:  # a run of before this was kept goes on
@@ -206,7 +210,7 @@ def claimed(out: pathlib.Path, settings: dict):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another process is training in {out}; choose another --out") from None
-    write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
+    write_settings(out, settings)
     try:
         yield
     except (ValueError, OSError, click.ClickException, KeyboardInterrupt):

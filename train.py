@@ -43,7 +43,7 @@ from launch import (UserError, World, average_in_bfloat16, default_dtype, end_of
                     tell_stopped)
 from objective import Objective, batch_counts
 from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
-                     not_as_asked, rows_of, same_data, settle)
+                     not_as_asked, rows_of, same_data, settle, write_settings)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -490,7 +490,7 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
         raise UserError(f"{error}") from None
     same_data(settings, out, data, manifest_digest(corpus.manifest))
     if world.rank == 0:
-        write_atomically(out / "run.json", [json.dumps(settings, indent=1).encode()])
+        write_settings(out, settings)
     for line in not_as_asked(config):
         world.say(line)
     teacher = reread = None

@@ -190,18 +190,19 @@ LONG = ["{{", "}}", "{{a|", "[[", "]]", "[[a|", "[[File:a.jpg|", "[", "[http://a
 
 @pytest.mark.parametrize("unit", LONG)
 def test_linear_time(unit):
-    """Half a megabyte of each mark, alone and closed at its end: less than three seconds a megabyte of processor time. It takes half a
-    second, on a slow machine one; what is quadratic takes minutes."""
+    """Half a megabyte of each mark, alone and closed at its end: less than a second a megabyte of processor time, at best of three."""
     page = unit * (250_000 // len(unit))
     closing = {"{": "}", "[": "]", "<": ">"}.get(unit.strip()[:1], "x") * 3
     for text in (page, page + closing * 10_000, "{{" + page + "}}", "[[File:x.jpg|thumb|" + page + "]]"):
         gc.disable()                                  # its rounds look at all that other tests have left
-        start = time.process_time()
-        clean_wikitext(text)
-        is_redirect(text), is_disambiguation(text, text[:29_000])
-        seconds = time.process_time() - start
+        times = []
+        while len(times) < 3 and (not times or min(times) >= len(text) / 1e6):       # again only where another's load may have been measured
+            start = time.process_time()
+            clean_wikitext(text)
+            is_redirect(text), is_disambiguation(text, text[:29_000])
+            times.append(time.process_time() - start)
         gc.enable()
-        assert seconds < 3 * len(text) / 1e6, f"{unit!r}: {seconds:.2f} s for {len(text):,} characters"
+        assert min(times) < len(text) / 1e6, f"{unit!r}: {min(times):.2f} s for {len(text):,} characters"
 
 
 # ---------------------------------------------------------------------------------------------------------------
