@@ -51,6 +51,25 @@ from validation import evaluate, final_table, unigram_loss
 
 # --------------------------------------------------------------------------------------- optimisers, schedule
 
+class _InFloat32(torch.overrides.TorchFunctionMode):
+    """What is asked for in bfloat16 comes in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].float().clone()
+        return function(*args, **(kwargs or {}))
+
+
+class Muon(torch.optim.Muon):
+    """torch's orthogonalises in bfloat16. On a CPU that emulates it that is nearly all of a small model's step, so there in float32."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        device = self.param_groups[0]["params"][0].device
+        with _InFloat32() if default_dtype(device) == torch.float32 else nullcontext():
+            return super().step(closure)
+
+
 def make_optimizers(objective: Objective, config: TrainConfig, fused: bool) -> list[torch.optim.Optimizer]:
     """AdamW: no decay on norms, biases and embeddings; the discriminator has its own learning rate."""
     matrices, plain = [], []
@@ -61,8 +80,7 @@ def make_optimizers(objective: Objective, config: TrainConfig, fused: bool) -> l
     groups = [dict(params=plain, lr=config.lr, weight_decay=0.0)]
     optimizers = []
     if config.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))  # so that one learning rate serves both
+        optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))  # so that one learning rate serves both
     else:
         groups.append(dict(params=matrices, lr=config.lr, weight_decay=config.weight_decay))
     if objective.discriminator is not None:

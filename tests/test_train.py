@@ -162,6 +162,26 @@ def test_muon_learns(make_run):
     assert records[-1]["loss"] < records[0]["loss"] - 0.5
 
 
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96)])
+def test_muon_is_torchs_and_exact_where_bfloat16_is_emulated(monkeypatch, shape):
+    """Its first update is the orthogonalised gradient: in float32 all singular values are those of the iteration in float64."""
+    def update(kind, dtype):
+        monkeypatch.setattr(train, "default_dtype", lambda device: dtype)
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        kind([p], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+        return p.detach()
+    torchs, same, ours = update(torch.optim.Muon, None), update(train.Muon, torch.bfloat16), update(train.Muon, torch.float32)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    left, values, right = torch.linalg.svd(grad, full_matrices=False)
+    values = values / grad.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
+    exact = -(left * values) @ right * max(1, shape[0] / shape[1]) ** 0.5
+    error = lambda x: ((x - exact).norm() / exact.norm()).item()  # noqa: E731
+    assert torch.equal(torchs, same) and error(ours) < 1e-5 < 1e-3 < error(torchs) < 0.05
+
+
 # -------------------------------------------------------------------------------------- the objectives act
 
 @pytest.fixture(scope="session")
