@@ -109,7 +109,7 @@ def probe(x, label, x_test, label_test, hidden=0, seed=0):
         classes = int(label.max()) + 1
         net = (nn.Sequential(nn.Linear(x.shape[1], hidden), nn.GELU(), nn.Linear(hidden, classes)) if hidden
                else nn.Linear(x.shape[1], classes))
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2 if not hidden else 3e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2 if not hidden else 3e-3, weight_decay=0.1, fused=True)
         for _ in range(STEPS):
             optimizer.zero_grad()
             F.cross_entropy(net(x), target).backward()

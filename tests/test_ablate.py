@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import atlas
 import train
 from data import prepare
-from eval import ablate, report, run
+from eval import ablate, neutrality, report, run
 from eval.__main__ import main
 from options import TrainConfig
 
@@ -29,6 +29,7 @@ WEIGHTS = ("adv_weight", "kd_weight")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """folder/data: prepared text of four languages; folder/eval: their tasks; folder/config.json."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("ladder")
     with pytest.MonkeyPatch.context() as patch:
@@ -36,12 +37,14 @@ def folder(tmp_path_factory):
         atlas.write(folder)
     prepare(folder / "text", folder / "data", vocab_size=1500, validation_share=0.05)
     (folder / "config.json").write_text(json.dumps(SIZES | {"data": f"{folder}/data", "eval_data": f"{folder}/eval"}))
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 def run_here(command, stdout, **options):
     """subprocess.run of train.py or `python -m eval`, in this process."""
-    result = CliRunner().invoke(train.main, command[2:]) if command[1] == "train.py" else CliRunner().invoke(main, command[3:])
+    result = (CliRunner().invoke(train.main, command[2:]) if command[1] == "train.py"
+              else CliRunner().invoke(main, [*command[3:], "--jobs", "1"]))     # no further processes: they would import torch
     stdout.write(result.output)
     return types.SimpleNamespace(returncode=result.exit_code)
 
@@ -56,6 +59,7 @@ def ladder(folder):
             return (real if len(calls) == 1 else run_here)(command, **options)
         patch.setattr(subprocess, "run", first_for_real)
         patch.setattr(ablate, "at_once", lambda device: 1)
+        patch.setattr(neutrality, "STEPS", 10)      # half of the time of eight evaluations would be its probes
         result = command("--config", folder / "config.json", "--out", folder / "out", "--seeds", 2, "--limit", 8)
     assert result.exit_code == 0, result.output
     assert calls == ["train.py"] * (1 + 4 * 2) + ["-m"] * 4 * 2       # one teacher, four rungs, two seeds
@@ -229,8 +233,9 @@ def test_a_run_that_fails_is_named(folder, tmp_path, monkeypatch):
     assert result.exit_code == 2 and "train.log" in result.output and result.output.split("\n")[-2].endswith("no space left")
 
 
-def test_the_page_of_the_example_is_what_its_reports_say(tmp_path):
-    """examples/results.py on the reports beside it, which have to stay readable."""
+def test_the_page_of_the_example_is_what_its_reports_say(tmp_path, monkeypatch):
+    """examples/results.py on the reports beside it, which have to stay readable. Its intervals are not looked at."""
+    monkeypatch.setattr(report, "RESAMPLES", 100)
     path = ablate.REPOSITORY / "examples" / "results.py"
     results = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("results", path))
     spec.loader.exec_module(results)
