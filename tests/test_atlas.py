@@ -214,10 +214,10 @@ def test_atlas_parallel_lines_state_one_fact_each():
 
 def test_atlas_writes_the_same_bytes_twice(tmp_path):
     root = Path(atlas.__file__).parent.parent
-    for name, hashing in (("a", "1"), ("b", "2")):
-        script = "import sys, atlas; atlas.write(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True, cwd=root,
-                       env={"PYTHONHASHSEED": hashing})
+    script = "import sys, atlas; atlas.write(sys.argv[1])"
+    both = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)], cwd=root, env={"PYTHONHASHSEED": hashing})
+            for name, hashing in (("a", "1"), ("b", "2"))]
+    assert [process.wait() for process in both] == [0, 0]
     files = {name: {p.relative_to(tmp_path / name): hashlib.sha256(p.read_bytes()).hexdigest()
                     for p in sorted((tmp_path / name).rglob("*")) if p.is_file()} for name in "ab"}
     assert files["a"] == files["b"]

@@ -24,7 +24,7 @@ from files import read_safetensors
 from launch import UserError
 
 REPO = pathlib.Path(train.__file__).parent
-OPTIONS = ("--preset", "tiny", "--steps", "60", "--tokens-per-batch", "1024", "--max-length", "32", "--device", "cpu",
+OPTIONS = ("--preset", "tiny", "--steps", "40", "--tokens-per-batch", "1024", "--max-length", "32", "--device", "cpu",
            "--eval-tokens", "1024", "--log-every", "1", "--save-every", "4", "--adv-weight", "0.1", "--kd-weight", "0",
            "--dtype", "float32", "--optimizer", "muon")
 KILLS = 25
@@ -85,7 +85,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp
     assert harness.returncode == 0, harness.stdout[-3000:] + harness.stderr[-3000:]
     print(harness.stdout.splitlines()[-1])
     assert int(re.fullmatch(r"\d+ lives, (\d+) kills", harness.stdout.splitlines()[-1])[1]) >= 0.8 * KILLS
-    assert steps_logged(out) == list(range(1, 61))
+    assert steps_logged(out) == list(range(1, 41))
     assert same_weights(out, undisturbed)
 
 
@@ -99,19 +99,19 @@ def test_sigterm_saves_and_says_how_to_go_on(data, undisturbed, tmp_path):
     assert "--resume" in printed and f"--out {tmp_path / 'run'}" in printed
     assert not (tmp_path / "run" / "final").exists()
     finish(start(data, tmp_path / "run", "--resume"))
-    assert steps_logged(tmp_path / "run") == list(range(1, 61)) and same_weights(tmp_path / "run", undisturbed)
+    assert steps_logged(tmp_path / "run") == list(range(1, 41)) and same_weights(tmp_path / "run", undisturbed)
 
 
 def test_more_steps_with_extend(data, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    options = tuple("64" if o == "60" else o for o in OPTIONS)
+    options = tuple("44" if o == "40" else o for o in OPTIONS)
     refused = finish(start(data, tmp_path / "run", "--resume", options=options), code=2)
-    assert "--extend" in refused and "--steps (was 60, now 64)" in refused
+    assert "--extend" in refused and "--steps (was 40, now 44)" in refused
     printed = finish(start(data, tmp_path / "run", "--resume", "--extend", options=options))
-    assert steps_logged(tmp_path / "run") == list(range(1, 65))
+    assert steps_logged(tmp_path / "run") == list(range(1, 45))
     # The speed is that of the steps that were made now, not of all there were.
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    fastest = max(row["tokens_per_second"] for row in rows if "tokens_per_second" in row and row["step"] > 60)
+    fastest = max(row["tokens_per_second"] for row in rows if "tokens_per_second" in row and row["step"] > 40)
     assert int(re.search(r"tokens, ([\d,]+) tokens/s", printed)[1].replace(",", "")) <= 1.1 * fastest
 
 
