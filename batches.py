@@ -31,6 +31,7 @@ FIRST_PIECE = 5                            # ids below are special: never masked
 IGNORE = -100                              # language of a padding segment, target of an unused masking slot
 MIN_SEQUENCE = 8                           # shortest sequence, <s> and </s> included: bounds the segments of a row
 MIN_DOCUMENT = MIN_SEQUENCE - 2            # shorter documents are dropped by prepare
+SPARE = 1.1                                # draws at once for a row: so many times the sequences that one is expected to hold
 FORMAT, VERSION = "unibert-corpus", 1
 SPLITS = ("train", "validation")
 # Thai, Lao, Tibetan, Myanmar, Khmer, Hiragana, Katakana, Bopomofo, Han
@@ -173,23 +174,23 @@ class Corpus:
             self._tokens.append(tokens)
             self._offsets.append(offsets)
         self.tokens_per_language = np.array([len(tokens) for tokens in self._tokens], np.int64)
-        self._mean_length, self._word_start = {}, None
+        self._lengths, self._slots, self._word_start = {}, {}, None
 
     def tokens(self, language):
         """The stream of a language (its code): ids without specials, document after document [n] uint16 or uint32."""
         return memory_map(self.folder / f"{language}.{self.split}.tokens", np.dtype(self.manifest["dtype"]))
 
-    def mean_length(self, max_length):
-        """Expected sequence length a language, specials included, when documents are drawn in proportion to their
-        length and cut to max_length -> [languages] float64 (0 where a language has no token)."""
-        if max_length not in self._mean_length:
-            mean = np.zeros(len(self.languages))
+    def lengths(self, max_length):
+        """How often a sequence of each language has each length, specials included, when documents are drawn in proportion
+        to their length and cut to max_length -> [languages, max_length + 1] float64; a row sums to 1, or is 0 without text."""
+        if max_length not in self._lengths:
+            shares = np.zeros((len(self.languages), max_length + 1))
             for index, offsets in enumerate(self._offsets):
-                size = np.diff(offsets).astype(np.float64)
+                size = np.diff(offsets)
                 if len(size):
-                    mean[index] = np.sum(size * (np.minimum(size, max_length - 2) + 2)) / size.sum()
-            self._mean_length[max_length] = mean
-        return self._mean_length[max_length]
+                    shares[index] = np.bincount(np.minimum(size, max_length - 2) + 2, size, max_length + 1) / size.sum()
+            self._lengths[max_length] = shares
+        return self._lengths[max_length]
 
     @property
     def word_start(self):
@@ -295,18 +296,42 @@ def sampling_probabilities(token_counts, alpha, budget_tokens=None, max_epochs=N
         capped |= over
 
 
-def slot_probabilities(corpus, probabilities, max_length):
-    """Language distribution of a *sequence*, such that `probabilities` is the distribution of a *token*.
+def slot_probabilities(corpus, probabilities, config):
+    """Language distribution of a *sequence*, such that `probabilities` is the distribution of a *token* of a row.
 
-    A language of short documents fills fewer tokens a sequence, so it must be drawn more often. Without this an
-    epoch cap in tokens would not hold. [languages] -> float64 [languages].
+    A language of short documents fills fewer tokens a sequence, so it must be drawn more often. Without this an epoch
+    cap in tokens would not hold. What counts is the length that is left of a sequence in its row: the last one is
+    cropped, and a long one more often. Where a row holds a few sequences, that is much. [languages] -> float64 [languages].
     """
-    mean, p = corpus.mean_length(max_length), np.asarray(probabilities, np.float64)
-    if p.shape != mean.shape or not np.all(p >= 0) or not p.sum() > 0 or np.any((p > 0) & (mean == 0)):
-        raise ValueError(f"probabilities must be non-negative, one for each of the corpus' {len(mean)} languages, "
+    lengths, p = corpus.lengths(config.max_length), np.asarray(probabilities, np.float64)
+    if p.shape != lengths.shape[:1] or not np.all(p >= 0) or not p.sum() > 0 or np.any((p > 0) & ~lengths.any(1)):
+        raise ValueError(f"probabilities must be non-negative, one for each of the corpus' {len(lengths)} languages, "
                          f"and 0 for languages with no text in split {corpus.split!r}")
-    q = np.divide(p, mean, out=np.zeros_like(mean), where=p > 0)
-    return q / q.sum()
+    key = config.max_length, config.row_tokens, p.tobytes()
+    if key not in corpus._slots:
+        left = np.arange(config.max_length + 1.0)            # of a sequence of each length; at first the whole
+        for _ in range(8):                                   # q depends on what is left, and that on q: converges fast
+            q = np.divide(p, lengths @ left, out=np.zeros_like(p), where=p > 0)
+            q /= q.sum()
+            left = expected_lengths(q @ lengths, config.row_tokens)
+        corpus._slots[key] = q
+    return corpus._slots[key]
+
+
+def expected_lengths(shares, row_tokens):
+    """What is left, on average, of a sequence of each length in a row that sequences fill from the left.
+
+    shares [L + 1]: how often a sequence has each length -> [L + 1] float64. By the renewal equation: one starts at x as
+    often as one starts at x - length, summed over lengths. None starts where fewer than MIN_SEQUENCE tokens are left.
+    """
+    longest, starts = len(shares) - 1, np.zeros(row_tokens - MIN_SEQUENCE + 1)
+    starts[0] = 1
+    for x in range(1, len(starts)):
+        near = starts[max(0, x - longest):x]
+        starts[x] = near[::-1] @ shares[1:len(near) + 1]
+    begun = np.cumsum(starts) / starts.sum()
+    # A sequence has a j-th token if it starts at row_tokens - j or before.
+    return np.concatenate([[0], np.cumsum(begun[np.minimum(row_tokens - np.arange(1, longest + 1), len(starts) - 1)])])
 
 
 def packed_batch(corpus, probabilities, config, seed, step, rows):
@@ -325,13 +350,13 @@ def packed_batch(corpus, probabilities, config, seed, step, rows):
 
 def _draw_sequences(corpus, probabilities, config, key):
     """key [N, 1] -> language, start (in the language's stream), length (specials included; 0 = none), all [N, K]."""
-    slot = slot_probabilities(corpus, probabilities, config.max_length)
+    slot = slot_probabilities(corpus, probabilities, config)
     cumulative = np.cumsum(slot)
     cumulative /= cumulative[-1]
     filled = np.zeros((len(key), 1), np.int64)
     parts = []
     # Draws are indexed by slot, so drawing them block by block changes nothing but saves the slots not needed.
-    block = 2 + int(1.1 * config.row_tokens / (slot @ corpus.mean_length(config.max_length)))
+    block = 2 + int(SPARE * config.row_tokens / (slot @ corpus.lengths(config.max_length) @ np.arange(config.max_length + 1)))
     for first in range(0, config.segments_per_row, block):
         k = np.arange(first, min(first + block, config.segments_per_row))
         language = np.searchsorted(cumulative, _uniform(_bits(key, 0, k)), side="right")

@@ -141,7 +141,7 @@ class Run:
             teacher = None  # it only gave its layers
         teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher is not None else None
         prior = (self.probabilities if config.adv_level == "token" else
-                 slot_probabilities(corpus, self.probabilities, config.max_length))
+                 slot_probabilities(corpus, self.probabilities, self.batch_config))
         self.prior_entropy = -sum(p * math.log(p) for p in prior.tolist() if p)
         self.objective = Objective(model, config, torch.from_numpy(prior), teacher, reread).to(self.device)
         self.model = self.objective.model

@@ -112,7 +112,7 @@ def test_drawing_in_blocks_changes_nothing(corpus, monkeypatch):
     """Rows draw as many slots as they are expected to need, then more; where those blocks end must not matter."""
     config = config_for(corpus)
     before = packed_batch(corpus, P, config, 1, 0, range(50))
-    monkeypatch.setattr(Corpus, "mean_length", lambda self, n, real=Corpus.mean_length: real(self, n) * 50)
+    monkeypatch.setattr(batches, "SPARE", 0.02)
     after = packed_batch(corpus, P, config, 1, 0, range(50))
     assert torch.equal(before.tokens, after.tokens) and torch.equal(before.masked, after.masked)
 
@@ -217,7 +217,7 @@ def test_languages_follow_the_probabilities(corpus):
         languages, lengths = batch.languages.numpy(), batch.cu_seqlens.diff().numpy()
         first += np.bincount(languages.reshape(8, -1)[:, 0], minlength=3)
         share += np.bincount(languages[languages >= 0], lengths[languages >= 0], minlength=3)
-    slot = slot_probabilities(corpus, P, config.max_length)
+    slot = slot_probabilities(corpus, P, config)
     assert chi_square_ok(first, slot * first.sum())                        # a sequence: short documents more often,
     assert np.allclose(share / share.sum(), P, atol=0.01)                  # so that a token is of language i with P[i]
     assert slot[0] > 0.6
@@ -225,6 +225,19 @@ def test_languages_follow_the_probabilities(corpus):
     for wrong in ([0.5, 0.5], [1, -1, 1], [0, 0, 0]):
         with pytest.raises(ValueError, match="probabilities"):
             packed_batch(corpus, wrong, config, 0, 0, range(1))
+
+
+@pytest.mark.parametrize("max_length, row_tokens", [(64, 64), (128, 128), (128, 256), (32, 128)])
+def test_shares_hold_where_a_row_has_few_sequences(tmp_path, max_length, row_tokens):
+    """Long documents lose more at the end of a row. Asked by tokens, so must be read by tokens: an epoch cap counts on it."""
+    mixed = write_corpus(tmp_path / "c", {"aa": [500] * 9, "bb": [10] * 300, "cc": [12, 40, 90] * 20})
+    config, p = config_for(mixed, row_tokens=row_tokens, max_length=max_length), np.array([0.5, 0.2, 0.3])
+    read = np.zeros(3)
+    for step in range(20):
+        batch = packed_batch(mixed, p, config, 6, step, range(1000))
+        languages, lengths = batch.languages.numpy(), batch.cu_seqlens.diff().numpy()
+        read += np.bincount(languages[languages >= 0], lengths[languages >= 0], minlength=3)
+    assert np.allclose(read / read.sum(), p, atol=0.012), read / read.sum()
 
 
 def test_documents_are_drawn_by_length_and_windows_evenly(tmp_path):
