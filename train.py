@@ -245,7 +245,8 @@ class Run:
             for group in optimizer.param_groups:
                 # The discriminator must keep up to the end; with its own rate decayed the encoder ran away from it.
                 group["lr"] = group["peak_lr"] * (schedule(self.step, config) if group.get("follows", True) else 1.0)
-        strength = torch.tensor(self.strength(), device=self.device)
+        strength = self.strength()
+        strength_on_device = torch.tensor(strength, device=self.device)
         # One vector for all ranks: counts, and whether one of them was asked to stop.
         shared = np.append(batch_counts(batches, len(self.corpus.languages)), float(self.stop_asked > 0))
         shared = world.sum(torch.from_numpy(shared).float().to(self.device))
@@ -258,7 +259,7 @@ class Run:
             last = i == len(batches) - 1
             with nullcontext() if last or world.size == 1 else module.no_sync():
                 with self.autocast:
-                    part = module(batch.to(self.device, non_blocking=True), strength)
+                    part = module(batch.to(self.device, non_blocking=True), strength_on_device)
                     # DDP averages gradients over ranks; the counts are global, so undo that.
                     loss = self.objective.loss(part, counts) * world.size
                 loss.backward()
@@ -267,10 +268,10 @@ class Run:
         modules = self.model, self.objective.projection, self.objective.discriminator  # a projection may be without parameters
         groups = [parameters for m in modules if m is not None and (parameters := list(m.parameters()))]
         norms = [nn.utils.get_total_norm([p.grad for p in ps if p.grad is not None]) for ps in groups]
-        parts = sums, shared, self.objective.loss(sums, counts).detach()[None], torch.stack(norms)
+        results = sums, shared, self.objective.loss(sums, counts).detach()[None], torch.stack(norms)
         # One copy for all, so that the host waits for the device once a step.
-        values = [part.tolist() for part in torch.cat(parts).cpu().split([len(part) for part in parts])]
-        finite = all(math.isfinite(value) for part in values for value in part)
+        copied = torch.cat(results).cpu()
+        finite = bool(copied.isfinite().all())
         if finite:
             for parameters, norm in zip(groups, norms):
                 nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
@@ -278,25 +279,28 @@ class Run:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return self.measured(*values, finite, strength.item())
+        sums, shared, (loss,), norms = (values.tolist() for values in copied.split([len(values) for values in results]))
+        return self.count_step(sums, shared, loss, norms, finite, strength)
 
     def strength(self) -> float:
-        """The adversary's lambda at this step. A discriminator that is no better than the prior has nothing more to hide from:
-        the encoder slows down and waits until it has caught up. Without this the two chase each other and the reversed loss
-        grows without end."""
+        """The adversary's lambda at this step: the ramp, lowered as the discriminator's last loss nears the prior's entropy.
+
+        From a discriminator that knows no more than the prior there is nothing left to hide. The encoder then waits until
+        the discriminator has caught up; without this the two chase each other and the reversed loss grows without end.
+        """
         strength = adversary_strength(self.step, self.config)
         if self.prior_entropy:
             strength *= LanguageDiscriminator.pressure(torch.tensor(self.adv_loss / self.prior_entropy)).item()
         return strength
 
-    def measured(self, sums: list, shared: list, loss: list, norms: list, finite: bool, strength: float) -> dict[str, float]:
-        """Count the step that was made -> its record, from sums and counts over the global batch."""
+    def count_step(self, sums: list, shared: list, loss: float, norms: list, finite: bool, strength: float) -> dict[str, float]:
+        """Advance step, tokens_seen and the other counters past the step just made -> its record."""
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         part, *per_language, stop = dict(zip(Objective.PARTS, sums)), *shared[3:]
         masked, tokens, sequences = (max(1.0, count) for count in shared[:3])
         units = sequences if self.config.adv_level == "sequence" else tokens
-        record = dict(step=self.step + 1, loss=loss[0])
+        record = dict(step=self.step + 1, loss=loss)
         if self.config.mlm_weight or self.config.kd_weight:  # else nobody computed it
             record["mlm_loss"] = part["mlm"] / masked
         if self.objective.discriminator is not None:
