@@ -11,11 +11,12 @@ Dao et al. 2022, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691).
 
 How it maps to a GPU. A program takes one block of the *flat* token axis and one head, finds by binary search in
 cu_seqlens which sequences its rows are of, and sweeps the span of tokens that those sequences cover; scores between
-two sequences are masked. So the grid follows from T alone: nothing waits for the lengths, no program is empty, however
-many slots of cu_seqlens are, and several short sequences share a block: at 16 to 128 tokens, blocks of 64 rows compute
-about 64 x 180 scores where one padded block a sequence would compute 128 x 128 for 72 tokens. One program owns a row
-(dQ by query block, dK and dV by key block), so there are no atomics and every run gives the same bits. Where every
-sequence fits one block, one kernel does the whole backward, reads everything once, and owns a sequence where it begins.
+two sequences are masked. So the grid follows from T alone: nothing waits for the lengths, and unused slots of
+cu_seqlens start no programs. Several short sequences share a block: at lengths of 16 to 128 tokens, a block of 64 rows
+computes about 64 x 180 scores, where one padded block a sequence would compute 128 x 128 for 72 tokens. One program
+owns a row (dQ by query block, dK and dV by key block), so there are no atomics and every run gives the same bits. Where
+every sequence fits one block, one kernel does the whole backward and reads everything once; the program in whose rows a
+sequence begins owns it.
 
 Bytes a token and head in 16 bits, in rows of 2 head_dim bytes: forward reads q, k, v and writes out: 4 rows. Backward:
 dQ reads q, k, v, do, out and writes dq, dK/dV reads q, k, v, do and writes dk, dv: 12; the short kernel 8.
@@ -144,15 +145,15 @@ def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, seed, threshold, gain,
     begin, end = _segments(rows, cu, S, BITS)
     low, steady, high = _span(begin, end, BLOCK_K)
     tokens = tl.load(cu + S)
-    qt = _read(q, first, tokens, head, D, BLOCK_Q, WIDTH, True)
+    q_tile = _read(q, first, tokens, head, D, BLOCK_Q, WIDTH, True)
     acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     peak = tl.zeros([BLOCK_Q], tl.float32) - float("inf")
     for masked in tl.static_range(2):           # the loop is compiled twice: for what needs no mask, then for the rest
         for key in range(steady if masked else low, high if masked else steady, BLOCK_K):
             keys = key + tl.arange(0, BLOCK_K)
-            kt = _read(k, key, high, head, D, BLOCK_K, WIDTH, masked)
-            s = _dot(qt, tl.trans(kt), None)
+            k_tile = _read(k, key, high, head, D, BLOCK_K, WIDTH, masked)
+            s = _dot(q_tile, tl.trans(k_tile), None)
             if masked:
                 s = tl.where((keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None]), s, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
@@ -164,8 +165,8 @@ def _forward_kernel(q, k, v, out, lse, cu, T, S, scale, seed, threshold, gain,
             total = total * fade + tl.sum(p, 1)
             if DROPOUT:
                 p = dropped(p, rows[:, None], keys[None, :], head, drop)
-            vt = _read(v, key, high, head, D, BLOCK_K, WIDTH, masked)
-            acc = _dot(p.to(vt.dtype), vt, acc * fade[:, None])
+            v_tile = _read(v, key, high, head, D, BLOCK_K, WIDTH, masked)
+            acc = _dot(p.to(v_tile.dtype), v_tile, acc * fade[:, None])
             peak = new_peak
     owned = rows < tokens
     total = tl.where(owned, total, 1.0)         # rows of no sequence: acc is 0, and so shall out be
@@ -187,24 +188,24 @@ def _dq_kernel(q, k, v, out, do, dq, lse, delta, cu, T, S, scale, softmax_scale,
     tokens = tl.load(cu + S)
     at = tl.cast(head, tl.int64) * T + rows
     row_lse = tl.load(lse + at, mask=rows < T, other=0.0)
-    dot = _read(do, first, tokens, head, D, BLOCK_Q, WIDTH, True)
-    ot = _read(out, first, tokens, head, D, BLOCK_Q, WIDTH, True)
-    row_delta = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
+    do_tile = _read(do, first, tokens, head, D, BLOCK_Q, WIDTH, True)
+    out_tile = _read(out, first, tokens, head, D, BLOCK_Q, WIDTH, True)
+    row_delta = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=rows < T)
-    qt = _read(q, first, tokens, head, D, BLOCK_Q, WIDTH, True)
+    q_tile = _read(q, first, tokens, head, D, BLOCK_Q, WIDTH, True)
     acc = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
     for masked in tl.static_range(2):
         for key in range(steady if masked else low, high if masked else steady, BLOCK_K):
             keys = key + tl.arange(0, BLOCK_K)
-            kt = _read(k, key, high, head, D, BLOCK_K, WIDTH, masked)
-            vt = _read(v, key, high, head, D, BLOCK_K, WIDTH, masked)
-            p = tl.exp2(_dot(qt, tl.trans(kt), None) * scale - row_lse[:, None])
+            k_tile = _read(k, key, high, head, D, BLOCK_K, WIDTH, masked)
+            v_tile = _read(v, key, high, head, D, BLOCK_K, WIDTH, masked)
+            p = tl.exp2(_dot(q_tile, tl.trans(k_tile), None) * scale - row_lse[:, None])
             if masked:
                 p = tl.where((keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None]), p, 0.0)
-            dp = _dot(dot, tl.trans(vt), None)
+            dp = _dot(do_tile, tl.trans(v_tile), None)
             if DROPOUT:
                 dp = dropped(dp, rows[:, None], keys[None, :], head, drop)
-            acc = _dot((p * (dp - row_delta[:, None])).to(kt.dtype), kt, acc)
+            acc = _dot((p * (dp - row_delta[:, None])).to(k_tile.dtype), k_tile, acc)
     _write(dq, acc * softmax_scale, first, T, head, D)
 
 
@@ -220,56 +221,56 @@ def _dkv_kernel(q, k, v, do, dk, dv, lse, delta, cu, T, S, scale, softmax_scale,
     begin, end = _segments(keys, cu, S, BITS)
     low, steady, high = _span(begin, end, BLOCK_Q)
     tokens = tl.load(cu + S)
-    kt = _read(k, first, tokens, head, D, BLOCK_K, WIDTH, True)
-    vt = _read(v, first, tokens, head, D, BLOCK_K, WIDTH, True)
+    k_tile = _read(k, first, tokens, head, D, BLOCK_K, WIDTH, True)
+    v_tile = _read(v, first, tokens, head, D, BLOCK_K, WIDTH, True)
     acc_k = tl.zeros([BLOCK_K, WIDTH], tl.float32)
     acc_v = tl.zeros([BLOCK_K, WIDTH], tl.float32)
     for masked in tl.static_range(2):
         for query in range(steady if masked else low, high if masked else steady, BLOCK_Q):
             rows = query + tl.arange(0, BLOCK_Q)
             at = tl.cast(head, tl.int64) * T + rows
-            qt = _read(q, query, high, head, D, BLOCK_Q, WIDTH, masked)
+            q_tile = _read(q, query, high, head, D, BLOCK_Q, WIDTH, masked)
             row_lse = tl.load(lse + at, mask=rows < high, other=0.0)
-            p = tl.exp2(_dot(kt, tl.trans(qt), None) * scale - row_lse[None, :])
+            p = tl.exp2(_dot(k_tile, tl.trans(q_tile), None) * scale - row_lse[None, :])
             if masked:
                 p = tl.where((rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None]), p, 0.0)
-            dot = _read(do, query, high, head, D, BLOCK_Q, WIDTH, masked)
-            dp = _dot(vt, tl.trans(dot), None)
+            do_tile = _read(do, query, high, head, D, BLOCK_Q, WIDTH, masked)
+            dp = _dot(v_tile, tl.trans(do_tile), None)
             if DROPOUT:
                 dp = dropped(dp, rows[None, :], keys[:, None], head, drop)
-                acc_v = _dot(dropped(p, rows[None, :], keys[:, None], head, drop).to(dot.dtype), dot, acc_v)
+                acc_v = _dot(dropped(p, rows[None, :], keys[:, None], head, drop).to(do_tile.dtype), do_tile, acc_v)
             else:
-                acc_v = _dot(p.to(dot.dtype), dot, acc_v)
+                acc_v = _dot(p.to(do_tile.dtype), do_tile, acc_v)
             row_delta = tl.load(delta + at, mask=rows < high, other=0.0)
-            acc_k = _dot((p * (dp - row_delta[None, :])).to(qt.dtype), qt, acc_k)
+            acc_k = _dot((p * (dp - row_delta[None, :])).to(q_tile.dtype), q_tile, acc_k)
     _write(dk, acc_k * softmax_scale, first, T, head, D)
     _write(dv, acc_v, first, T, head, D)
 
 
 @_jit
-def _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
-           D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
+def _sequence_backward(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
+                       D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DROPOUT: tl.constexpr):
     """dQ, dK and dV of one sequence of at most BLOCK tokens. dV first: in this order registers suffice."""
     row = tl.arange(0, BLOCK)
     last = first + length
-    qt = _read(q, first, last, head, D, BLOCK, WIDTH, True)
-    kt = _read(k, first, last, head, D, BLOCK, WIDTH, True)
+    q_tile = _read(q, first, last, head, D, BLOCK, WIDTH, True)
+    k_tile = _read(k, first, last, head, D, BLOCK, WIDTH, True)
     row_lse = tl.load(lse + tl.cast(head, tl.int64) * T + first + row, mask=row < length, other=0.0)
-    p = tl.exp2(_dot(qt, tl.trans(kt), None) * scale - row_lse[:, None])
+    p = tl.exp2(_dot(q_tile, tl.trans(k_tile), None) * scale - row_lse[:, None])
     p = tl.where((row[:, None] < length) & (row[None, :] < length), p, 0.0)
-    dot = _read(do, first, last, head, D, BLOCK, WIDTH, True)
+    do_tile = _read(do, first, last, head, D, BLOCK, WIDTH, True)
     weights = p
     if DROPOUT:
         weights = dropped(p, (first + row)[:, None], (first + row)[None, :], head, drop)
-    _write(dv, _dot(tl.trans(weights.to(dot.dtype)), dot, None), first, last, head, D)
-    ot = _read(out, first, last, head, D, BLOCK, WIDTH, True)
-    delta = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
-    dp = _dot(dot, tl.trans(_read(v, first, last, head, D, BLOCK, WIDTH, True)), None)
+    _write(dv, _dot(tl.trans(weights.to(do_tile.dtype)), do_tile, None), first, last, head, D)
+    out_tile = _read(out, first, last, head, D, BLOCK, WIDTH, True)
+    delta = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    dp = _dot(do_tile, tl.trans(_read(v, first, last, head, D, BLOCK, WIDTH, True)), None)
     if DROPOUT:
         dp = dropped(dp, (first + row)[:, None], (first + row)[None, :], head, drop)
-    ds = (p * (dp - delta[:, None])).to(qt.dtype)
-    _write(dq, _dot(ds, kt, None) * softmax_scale, first, last, head, D)
-    _write(dk, _dot(tl.trans(ds), qt, None) * softmax_scale, first, last, head, D)
+    ds = (p * (dp - delta[:, None])).to(q_tile.dtype)
+    _write(dq, _dot(ds, k_tile, None) * softmax_scale, first, last, head, D)
+    _write(dk, _dot(tl.trans(ds), q_tile, None) * softmax_scale, first, last, head, D)
 
 
 @_jit
@@ -296,11 +297,11 @@ def _short_kernel(q, k, v, out, do, dq, dk, dv, lse, cu, T, S, scale, softmax_sc
         length = last - first
         HALF: tl.constexpr = BLOCK // 2 if BLOCK > 16 else 16       # tl.dot takes no less
         if length > HALF:
-            _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
-                   D, WIDTH, BLOCK, DROPOUT)
+            _sequence_backward(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
+                               D, WIDTH, BLOCK, DROPOUT)
         else:                   # most sequences are short: half the tile, a quarter of the work
-            _whole(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
-                   D, WIDTH, HALF, DROPOUT)
+            _sequence_backward(q, k, v, out, do, dq, dk, dv, lse, first, length, head, T, scale, softmax_scale, drop,
+                               D, WIDTH, HALF, DROPOUT)
         first = last
 
 
