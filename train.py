@@ -52,7 +52,7 @@ from validation import evaluate, final_table, unigram_loss
 # --------------------------------------------------------------------------------------- optimisers, schedule
 
 class _InFloat32(torch.overrides.TorchFunctionMode):
-    """What is asked for in bfloat16 comes in float32."""
+    """While active, `tensor.bfloat16()` gives a float32 copy (a copy, because Muon goes on in place)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16:
@@ -61,7 +61,10 @@ class _InFloat32(torch.overrides.TorchFunctionMode):
 
 
 class Muon(torch.optim.Muon):
-    """torch's orthogonalises in bfloat16. On a CPU that emulates it that is nearly all of a small model's step, so there in float32."""
+    """torch's Muon, which orthogonalises in bfloat16; in float32 where the device is slow at bfloat16.
+
+    On a CPU that emulates bfloat16 the orthogonalisation would take nearly all of a small model's step.
+    """
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -70,8 +73,11 @@ class Muon(torch.optim.Muon):
             return super().step(closure)
 
 
-def make_optimizers(objective: Objective, config: TrainConfig, fused: bool) -> list[torch.optim.Optimizer]:
-    """AdamW: no decay on norms, biases and embeddings; the discriminator has its own learning rate."""
+def make_optimizers(objective: Objective, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The layers' matrices by --optimizer (Muon or AdamW), all the rest by AdamW.
+
+    No weight decay on norms, biases and embeddings. The discriminator has its own learning rate, which does not follow the schedule.
+    """
     matrices, plain = [], []
     for name, p in objective.model.named_parameters():
         (matrices if p.ndim == 2 and "embedding" not in name else plain).append(p)
@@ -80,12 +86,13 @@ def make_optimizers(objective: Objective, config: TrainConfig, fused: bool) -> l
     groups = [dict(params=plain, lr=config.lr, weight_decay=0.0)]
     optimizers = []
     if config.optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))  # so that one learning rate serves both
+        # Updates as large as AdamW's, so that one learning rate serves both.
+        optimizers.append(Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
     else:
         groups.append(dict(params=matrices, lr=config.lr, weight_decay=config.weight_decay))
     if objective.discriminator is not None:
         groups.append(dict(params=list(objective.discriminator.parameters()), lr=config.adv_lr, weight_decay=0.0, follows=False))
-    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=fused))
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -146,7 +153,7 @@ class Run:
         self.objective = Objective(model, config, torch.from_numpy(prior), teacher, reread).to(self.device)
         self.model = self.objective.model
         self.model.checkpoint_activations = config.checkpoint_activations
-        self.optimizers = make_optimizers(self.objective, config, fused=True)
+        self.optimizers = make_optimizers(self.objective, config)
         self.flops = sum(flops_per_token(model.config, config.mask_rate, config.max_length / 2, teacher.config if teacher else None,
                                          config.adv_weight > 0, self.objective.predictions_of_teacher).values())
         name = torch.cuda.get_device_name(self.device) if cuda else ""
