@@ -294,23 +294,31 @@ def assign(task, sets, report, say, train_on="source"):
 
 
 def train_on_source(task, sets):
-    leads = [(dataset, code, "train") for dataset, found in sets
-             for code in [dataset.source or "en"] if "train" in found.get(code, {})]
-    content = dict((dataset.name, found) for dataset, found in sets)
-    size = lambda lead: len(content[lead[0].name][lead[1]][lead[2]])  # noqa: E731
+    content = {dataset.name: found for dataset, found in sets}
+
+    def present(leads):
+        """Those of [(data set, language, split)] that exist."""
+        return [(dataset, code, split) for dataset, code, split in leads if split in content[dataset.name].get(code, {})]
+
+    def of_source(split):
+        return present([(dataset, dataset.source or "en", split) for dataset, _ in sets])
+
+    def size(lead):
+        dataset, code, split = lead
+        return len(content[dataset.name][code][split])
+
+    leads = of_source("train")
     if not leads:
-        choices = ([(d, d.source or "en", "dev") for d, _ in sets],
-                   [(d, code, "train") for d, found in sets for code in found],
-                   [(d, d.source or "en", "test") for d, _ in sets])
-        leads = next(([max(there, key=size)] for row in choices
-                      if (there := [x for x in row if x[2] in content[x[0].name].get(x[1], {})])), [])
+        any_train = present([(dataset, code, "train") for dataset, found in sets for code in found])
+        instead = of_source("dev") or any_train or of_source("test")
+        leads = [max(instead, key=size)] if instead else []
     trainings = []
     for dataset, source, split in leads:
         found = content[dataset.name]
         train, dev, rest, how = part(dataset.name, found[source], source, split)
-        if split != "train":
-            kept = lambda rows: divide(rows, 2)[0] if split == "test" else divide(rows, 10)[1]  # noqa: E731
-            found = {code: row | {split: kept(row[split])} if split in row else row for code, row in found.items()}
+        if split != "train":  # of the other languages only the places that `part` kept out of train
+            every, side = (2, 0) if split == "test" else (10, 1)
+            found = {code: row | {split: divide(row[split], every)[side]} if split in row else row for code, row in found.items()}
         trainings.append(Training(task, dataset.name, source, how, train, dev,
                                   targets(dataset.name, {**found, source: rest})))
     return trainings
