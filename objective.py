@@ -60,8 +60,7 @@ class Objective(nn.Module):
         hidden = model.encode(*packed, states=states)
         rows, languages = hidden[batch.masked], self.token_languages(batch)
         sums = dict.fromkeys(self.PARTS, hidden.new_zeros((), dtype=torch.float32))
-        token_terms = any(getattr(config, name) for name in DISTILLATION[:3])
-        if teacher is not None and token_terms:
+        if teacher is not None and config.distils_tokens:
             teacher_states: list[Tensor] = []
             # Only its predictions at masked positions need a teacher that sees the masks; else it reads the whole text.
             text = batch.tokens if config.kd_weight else self.unmasked(batch)
@@ -88,7 +87,7 @@ class Objective(nn.Module):
             sums["relation"] = (apart * (languages != IGNORE)).sum()
         if teacher is not None and (config.kd_sentence_weight or config.kd_similarity_weight):
             ours, real = self.projection(mean_pool(hidden, batch.cu_seqlens)).float(), batch.languages != IGNORE
-            theirs = self.neutral(mean_pool(teacher_hidden, reading[1])) if token_terms else self.teacher_vectors(batch)
+            theirs = self.neutral(mean_pool(teacher_hidden, reading[1])) if config.distils_tokens else self.teacher_vectors(batch)
             sums["sentence"] = ((1 - F.cosine_similarity(ours, theirs, dim=-1)) * real).sum()
             if config.kd_similarity_weight:  # row by row, so that it is the same with other micro-batches
                 n = batch.tokens.shape[0] // rows_of(1, config.max_length)[1]

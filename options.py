@@ -18,9 +18,11 @@ from batches import MIN_SEQUENCE
 from files import write_atomically
 from launch import UserError
 
-# Weights of what is learnt from a teacher; the first three compare token by token (a teacher with another tokenizer: hub/reread.py).
-DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight", "kd_sentence_weight", "kd_similarity_weight")
-WITHOUT_TEACHER = dict.fromkeys(DISTILLATION, 0.0) | {"kd_anchors": 0, "kd_neutral": 0}      # these two go with the last weights
+# The weights of what is learnt from a teacher: token by token (with another tokenizer: hub/reread.py), and text by text.
+TOKEN_DISTILLATION = ("kd_weight", "kd_hidden_weight", "kd_relation_weight")
+DISTILLATION = (*TOKEN_DISTILLATION, "kd_sentence_weight", "kd_similarity_weight")
+# kd_anchors and kd_neutral are refused without kd_sentence_weight or kd_similarity_weight.
+WITHOUT_TEACHER = dict.fromkeys(DISTILLATION, 0.0) | {"kd_anchors": 0, "kd_neutral": 0}
 
 
 def option(default, text: str, choices: tuple[str, ...] = ()):
@@ -111,7 +113,7 @@ class TrainConfig:
             raise ValueError(f"--seed is {self.seed}; it must be at least 0 and below 2^63")
         if self.max_length < MIN_SEQUENCE or self.max_length > 1024 and self.max_length % MIN_SEQUENCE:
             raise ValueError(f"--max-length is {self.max_length}; it must be at least {MIN_SEQUENCE}, and above 1024 a multiple of that")
-        if self.teacher_cache and (self.compile or any(getattr(self, name) for name in DISTILLATION[:3])):
+        if self.teacher_cache and (self.compile or self.distils_tokens):
             raise ValueError("--teacher-cache keeps sentence vectors: it goes with --kd-weight 0, --kd-sentence-weight or "
                              "--kd-similarity-weight, and without --compile")
         if self.kd_anchors and not self.kd_similarity_weight:
@@ -124,6 +126,16 @@ class TrainConfig:
             raise ValueError(f"--init-from-teacher is {self.init_from_teacher!r}; it must be numbers of layers, as in 2,5,8,11")
         if self.init and self.init_from_teacher:
             raise ValueError("--init and --init-from-teacher are two ways to start; give one")
+
+    @property
+    def distils(self) -> bool:
+        """Whether anything is learnt from a teacher."""
+        return any(getattr(self, name) for name in DISTILLATION)
+
+    @property
+    def distils_tokens(self) -> bool:
+        """Whether the teacher is compared token by token."""
+        return any(getattr(self, name) for name in TOKEN_DISTILLATION)
 
 
 def rows_of(tokens_per_batch: int, max_length: int) -> tuple[int, int]:

@@ -42,8 +42,8 @@ from hub.reread import Reread, load_start, load_teacher
 from launch import (UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group,
                     tell_stopped)
 from objective import Objective, batch_counts
-from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
-                     not_as_asked, rows_of, same_data, settle, write_settings)
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, WITHOUT_TEACHER, TrainConfig, claimed, not_as_asked,
+                     rows_of, same_data, settle, write_settings)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -144,7 +144,7 @@ class Run:
                                                     config.steps * self.rows * row, config.max_epochs)
         torch.manual_seed(config.seed)
         model = self.fresh_model(teacher, reread)
-        if not any(getattr(config, name) for name in DISTILLATION):
+        if not config.distils:
             teacher = None  # it only gave its layers
         teacher = teacher.to(self.device).eval().requires_grad_(False) if teacher is not None else None
         prior = (self.probabilities if config.adv_level == "token" else
@@ -523,16 +523,15 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
     for line in not_as_asked(config):
         world.say(line)
     teacher = reread = None
-    distils = any(getattr(config, name) for name in DISTILLATION)
-    if settings["teacher"] and (distils or config.init_from_teacher):
+    if settings["teacher"] and (config.distils or config.init_from_teacher):
         teacher, reread = load_teacher(settings["teacher"], corpus, config)
     elif settings["teacher"]:
         world.say("--teacher is not used: every distillation weight is 0")
-    elif distils and config.teacher_steps:
+    elif config.distils and config.teacher_steps:
         first = dataclasses.replace(config, preset=config.teacher_preset, steps=config.teacher_steps, mlm_weight=1.0,
                                     adv_weight=0.0, init="", init_from_teacher="", **WITHOUT_TEACHER)
         teacher = train_stage(first, corpus, out / "teacher", world, "teacher", top=out)
-    elif distils:
+    elif config.distils:
         world.say("no --teacher and no --teacher-steps: training without distillation")
     if config.init_from_teacher and teacher is None:
         raise UserError("--init-from-teacher needs --teacher, or --teacher-steps and a distillation weight above 0")
@@ -571,7 +570,7 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         try:
             c = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
             shape = dict(block=c.block, vocab_size=vocab_size, max_length=c.max_length)
-            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if any(getattr(c, n) for n in DISTILLATION) else None
+            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if c.distils else None
             return click.echo(plan(UniBERTConfig.preset(c.preset, **shape), teacher, gpus=gpus, gpu=gpu, mfu=mfu, mask_rate=c.mask_rate,
                                    tokens=c.steps * c.tokens_per_batch if tokens is None else tokens,
                                    tokens_per_batch=c.tokens_per_batch, micro_batch_tokens=c.micro_batch_tokens,

@@ -35,7 +35,7 @@ from eval import report, run, statistics, tasks
 from files import write_atomically
 from hub.reread import load_teacher
 from launch import UserError
-from options import ATLAS_RECIPE, DISTILLATION, WITHOUT_TEACHER, TrainConfig
+from options import ATLAS_RECIPE, WITHOUT_TEACHER, TrainConfig
 
 # Name -> (title, train.py options over those of the whole recipe).
 RUNGS = {"mlm": ("MLM", {"adv_weight": 0.0} | WITHOUT_TEACHER),
@@ -94,7 +94,7 @@ def checked(config):
         raise ValueError("data and eval_data go together; without both it is the atlas")
     if "data" in config and not ("teacher" in config or recipe.teacher_steps):
         raise ValueError("no teacher: give one, or teacher_steps to train one")
-    if not recipe.adv_weight or not any(getattr(recipe, name) for name in DISTILLATION) or not recipe.mlm_weight:
+    if not recipe.adv_weight or not recipe.distils or not recipe.mlm_weight:
         raise ValueError("a ladder needs mlm_weight, adv_weight and a distillation weight above 0")
     if recipe.init_from_teacher:
         raise ValueError("init_from_teacher: MLM alone would then have a teacher's help; the rungs start at random")

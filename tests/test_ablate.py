@@ -18,7 +18,7 @@ import train
 from data import prepare
 from eval import ablate, neutrality, report, run
 from eval.__main__ import main
-from options import TrainConfig
+from options import DISTILLATION, TrainConfig
 
 LANGUAGES = ("en", "ro", "ru", "zh")
 SIZES = {"preset": "tiny", "steps": 2, "teacher_steps": 2, "teacher_preset": "tiny", "tokens_per_batch": 1024, "max_length": 32,
@@ -85,7 +85,7 @@ def test_budgets_are_equal(ladder):
         settings = {rung: json.loads((out / rung / f"seed-{seed}" / "run.json").read_text()) for rung in ablate.RUNGS}
         assert {rung: tuple(s[w] > 0 for w in WEIGHTS) for rung, s in settings.items()} == {
             "mlm": (False, False), "adversary": (True, False), "distillation": (False, True), "all": (True, True)}
-        assert len({json.dumps({k: v for k, v in s.items() if k not in ablate.DISTILLATION + WEIGHTS}, sort_keys=True)
+        assert len({json.dumps({k: v for k, v in s.items() if k not in DISTILLATION + WEIGHTS}, sort_keys=True)
                     for s in settings.values()}) == 1
         assert settings["mlm"]["seed"] == seed and settings["mlm"]["steps"] == 2
         first = [json.loads((out / rung / f"seed-{seed}" / "metrics.jsonl").read_text().split("\n")[0]) for rung in settings]
