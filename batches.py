@@ -41,6 +41,9 @@ NO_SPACES = re.compile("[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3
 # ---------------------------------------------------------------------------------------------------------------
 # Counter-based random numbers: SplitMix64 (Steele, Lea, Flood 2014) over uint64 arrays.
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# What is drawn: one stream of numbers each. The order is part of a run: another one gives other batches.
+DRAW_LANGUAGE, DRAW_TOKEN, DRAW_WINDOW, DRAW_MASKED, DRAW_ACTION, DRAW_PIECE = range(6)
+NEVER = ~np.uint64(0)                      # the rank of a position that is not masked
 
 
 def mix64(x):
@@ -359,15 +362,15 @@ def _draw_sequences(corpus, probabilities, config, key):
     block = 2 + int(SPARE * config.row_tokens / (slot @ corpus.lengths(config.max_length) @ np.arange(config.max_length + 1)))
     for first in range(0, config.segments_per_row, block):
         k = np.arange(first, min(first + block, config.segments_per_row))
-        language = np.searchsorted(cumulative, _uniform(_bits(key, 0, k)), side="right")
-        token = (_uniform(_bits(key, 1, k)) * corpus.tokens_per_language[language]).astype(np.int64)
+        language = np.searchsorted(cumulative, _uniform(_bits(key, DRAW_LANGUAGE, k)), side="right")
+        token = (_uniform(_bits(key, DRAW_TOKEN, k)) * corpus.tokens_per_language[language]).astype(np.int64)
         begin, end = np.empty_like(token), np.empty_like(token)
         for index, where in _by_language(language.ravel()):
             document = np.searchsorted(corpus._offsets[index], token.flat[where], side="right") - 1
             begin.flat[where] = corpus._offsets[index][document]
             end.flat[where] = corpus._offsets[index][document + 1]
         size = np.minimum(end - begin, config.max_length - 2)
-        start = np.clip(token - (_uniform(_bits(key, 2, k)) * size).astype(np.int64), begin, end - size)
+        start = np.clip(token - (_uniform(_bits(key, DRAW_WINDOW, k)) * size).astype(np.int64), begin, end - size)
         at = filled + np.cumsum(size + 2, axis=1) - (size + 2)
         room = config.row_tokens - at
         length = np.where(room >= MIN_SEQUENCE, np.minimum(size + 2, room), 0)
@@ -417,10 +420,10 @@ def _assemble(corpus, config, key, language, start, length):
 def _mask(grid, config, key, corpus, padding):
     """Masks grid [N, R], whose rows end in padding [N], in place -> positions [M] in the flat grid, original ids [M].
 
-    Each maskable position gets a random 64-bit key whose low 20 bits are the position itself; the smallest
-    round(mask_rate * R) keys of a row are its masked positions, or fewer where MIN_SEQUENCE of it or more is padding.
-    With whole_word all pieces of a word share the upper bits, so words are taken whole, until the count is full (which
-    may cut the last one).
+    Each position gets a 64-bit rank: random upper bits, the position itself in the low 20, and NEVER for a special
+    token. The round(mask_rate * R) lowest ranks of a row are masked, or round(mask_rate * tokens) where MIN_SEQUENCE
+    slots of it or more are padding. With whole_word all pieces of a word share the upper bits, so words are taken
+    whole, until the count is full (which may cut the last one).
     """
     n_rows, row_tokens = grid.shape
     position, low = np.arange(row_tokens, dtype=np.uint64), np.uint64(2**20 - 1)
@@ -429,20 +432,20 @@ def _mask(grid, config, key, corpus, padding):
     if config.whole_word:
         starts = corpus.word_start[grid] | special          # what a window cut off a word hangs on its <s>
         anchor = np.maximum.accumulate(np.where(starts, position, np.uint64(0)), axis=1)
-    order = (_bits(key, 3, anchor) & ~low) | position
-    order[special] = ~np.uint64(0)
+    rank = (_bits(key, DRAW_MASKED, anchor) & ~low) | position
+    rank[special] = NEVER
     count = config.masked_per_row
-    order = np.partition(order, count - 1, axis=1)[:, :count]
+    rank = np.partition(rank, count - 1, axis=1)[:, :count]
     for row in np.flatnonzero(padding >= MIN_SEQUENCE):     # of validation; those of training are full
-        order[row].sort()
-        order[row, round(config.mask_rate * (row_tokens - padding[row])):] = ~np.uint64(0)
-    chosen = np.where(order == ~np.uint64(0), row_tokens, (order & low).astype(np.int64))
+        rank[row].sort()
+        rank[row, round(config.mask_rate * (row_tokens - padding[row])):] = NEVER
+    chosen = np.where(rank == NEVER, row_tokens, (rank & low).astype(np.int64))
     chosen.sort(axis=1)
     valid = chosen < row_tokens
     chosen[~valid] = 0
     original = np.take_along_axis(grid, chosen, axis=1)
-    action = _uniform(_bits(key, 4, chosen))
-    pieces = FIRST_PIECE + (_uniform(_bits(key, 5, chosen)) * (config.vocab_size - FIRST_PIECE)).astype(np.int64)
+    action = _uniform(_bits(key, DRAW_ACTION, chosen))
+    pieces = FIRST_PIECE + (_uniform(_bits(key, DRAW_PIECE, chosen)) * (config.vocab_size - FIRST_PIECE)).astype(np.int64)
     random_end = config.mask_share + config.random_share
     new = np.where(action < config.mask_share, MASK, np.where(action < random_end, pieces, original))
     flat = chosen + np.arange(n_rows)[:, None] * row_tokens
