@@ -54,8 +54,10 @@ class UniBERTConfig:
     dropout: float = 0.0
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    global_every: int = 1             # as in ModernBERT, layers between every n-th turn by local_rope_theta instead;
-    local_rope_theta: float = 10000.0  # the window that they have there is max_length here, so it never cuts
+    # ModernBERT's local layers: layers 0, n, 2n, ... rotate by rope_theta, all others by local_rope_theta. There is no
+    # sliding window: `import` keeps max_length so short that ModernBERT's would not cut anything either.
+    global_every: int = 1             # n
+    local_rope_theta: float = 10000.0
     mlm_head: bool = True             # False: an imported encoder without one
     head_size: int = 0                # 0: hidden_size / num_heads; else what pruned heads kept
 
@@ -334,8 +336,11 @@ class LanguageDiscriminator(nn.Module):
 
     @staticmethod
     def pressure(ignorance: Tensor) -> Tensor:
-        """1 up to half of the prior's loss, then down in a line to 0. (A step instead would turn the last bit of a sum
-        into a token more or less, and two runs that differ in rounding alone would part.)"""
+        """The share of lambda that is applied. ignorance: the discriminator's loss over that of a guess by the prior.
+
+        1 up to an ignorance of 1/2, then linear, 0 from 1 on. Not a step: there the last bit of a sum would decide over
+        whole tokens, and two runs that differ in rounding alone would part.
+        """
         return (2 - 2 * ignorance).clamp(0, 1)
 
     def adversarial_loss(self, features: Tensor, languages: Tensor, strength: float | Tensor,
@@ -418,7 +423,8 @@ def similarity_distillation(student: Tensor, teacher: Tensor, real: Tensor, temp
     """
     student, teacher, anchors = (F.normalize(vectors.float(), dim=-1) for vectors in (student, teacher, anchors))
     absent = F.pad(torch.where(real, 0.0, -1e9), (0, len(anchors)))[:, None]                # [B, 1, S + N]
-    with torch.autocast(student.device.type, enabled=False):  # bfloat16 knows 0.8 to three digits; the temperature makes 0.2 of that
+    # Not in bfloat16: it rounds a cosine of 0.8 by up to 0.002, which a temperature of 0.02 makes 0.1 of a logit.
+    with torch.autocast(student.device.type, enabled=False):
         ours, theirs = (F.log_softmax(torch.cat([own @ teacher.mT, own @ anchors.T], -1) / temperature + absent, dim=-1)
                         for own in (student, teacher))
     return (theirs.exp() * (theirs - ours)).sum(-1) * real
@@ -449,7 +455,7 @@ def save_model(model: UniBERT, folder: os.PathLike | str, tokenizer: os.PathLike
 
 
 class _NoDraws(torch.overrides.TorchFunctionMode):
-    """Without what torch.nn.init draws: on the meta device that fills nothing, and its first draw imports for a second."""
+    """Skips the random fills of torch.nn.init: on the meta device they fill nothing, and the first one imports for a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
@@ -486,7 +492,8 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     wanted = model.state_dict()
-    for name in sorted(wanted.keys() ^ tensors.keys()):
+    if different := wanted.keys() ^ tensors.keys():
+        name = min(different)
         raise ValueError(f"{folder / 'model.safetensors'}: tensor {name} is " +
                          ("missing" if name in wanted else "not part of the model that config.json describes"))
     for name, tensor in tensors.items():
