@@ -45,7 +45,7 @@ def flops_per_token(model: UniBERTConfig, mask_rate: float, mean_length: float, 
     return parts
 
 
-def memory(model: UniBERTConfig, micro_batch_tokens: int, mask_rate: float, teacher: UniBERTConfig | None = None) -> dict[str, float]:
+def memory(model: UniBERTConfig, micro_batch_tokens: int, teacher: UniBERTConfig | None = None) -> dict[str, float]:
     """Bytes on one GPU by part, without activation checkpointing. AdamW in fp32, activations in bf16.
 
     Saved for the backward pass, in units of hidden size a token and layer: two fp32 residual sums (8 bytes),
@@ -83,7 +83,7 @@ def plan(model: UniBERTConfig, teacher: UniBERTConfig | None, *, gpus: int, gpu:
     lines = [f"{'parameters':34}{(embedding + rest) / 1e6:10.1f} M    {rest / 1e6:.1f} M layers and head, {embedding / 1e6:.1f} M embeddings",
              f"{'FLOPs a token':34}{per_token / 1e6:10.0f} M    " + ", ".join(f"{k} {v / per_token:.0%}" for k, v in flops.items())]
     micro = min(micro_batch_tokens, tokens_per_batch // gpus)
-    parts = memory(model, micro, mask_rate, teacher)
+    parts = memory(model, micro, teacher)
     lines.append(f"{'memory a GPU':34}{sum(parts.values()) / 2 ** 30:10.1f} GiB  micro-batch of {micro:,} tokens")
     lines += [f"  {name:32}{size / 2 ** 30:10.2f} GiB" for name, size in parts.items() if size]
     lines += [f"{'tokens a second':34}{speed / 1e6:10.2f} M    {gpus} x {gpu} at an assumed MFU of {mfu:.0%} of {PEAK_FLOPS[gpu] / 1e12:.0f} TFLOP/s",

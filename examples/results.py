@@ -21,6 +21,7 @@ from inference import embed, load  # noqa: E402
 from files import write_atomically  # noqa: E402
 
 NAMES = ("mlm", "adversary", "distillation", "all")
+MEASURES = ("linear", "mlp", "centred", "between", "cka", "cka_chance", "retrieval", "retrieval_centred", "effective_rank", "mean_cosine")
 
 
 def students(folder):
@@ -74,7 +75,7 @@ def kept(teacher, student):
 
 
 def page(folder, facts):
-    """Lines of RESULTS.md. folder: where the reports are; facts: what results.json holds."""
+    """Lines of RESULTS.md. folder: where the reports are; facts: as `main` measures them."""
     names = students(folder)
     reports = {name: report.load(folder / f"{name}.json") for name in (*names, "teacher")}
     for name, value in reports.items():
@@ -131,9 +132,6 @@ def page(folder, facts):
                 f"- text: manifest of the prepared folder, sha256 {facts['text'][:16]}...", "")
 
 
-MEASURES = ("linear", "mlp", "centred", "between", "cka", "cka_chance", "retrieval", "retrieval_centred", "effective_rank", "mean_cosine")
-
-
 def compact(value, most=100):
     """A report to commit: of what needs no training, which has most languages, at most `most` examples a cell, and their
     scores; of the fine-tuned tasks everything, so that `compare` prints what the page says."""
@@ -164,14 +162,14 @@ def main(out, lines, options, note):
              "load": f"Load average at the end {os.getloadavg()[1]:.1f}. {note}".strip(),
              "text": json.loads((out / "data" / "manifest.json").read_text())["sha256"]}
     write_atomically(out / "reports" / "facts.txt", [json.dumps(facts, indent=1).encode()])
-    lines = list(page(out / "reports", facts))
-    write_atomically(out / "RESULTS.md", ["\n".join(lines).encode() + b"\n"])
+    text = "\n".join(page(out / "reports", facts))
+    write_atomically(out / "RESULTS.md", [text.encode() + b"\n"])
     (out / "compact").mkdir(exist_ok=True)
     for name in (*students(out / "reports"), "teacher"):
         value = compact(report.load(out / "reports" / f"{name}.json"))
         value["model"]["path"] = name
         write_atomically(out / "compact" / f"{name}.json", [json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"])
-    click.echo("\n".join(lines))
+    click.echo(text)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,7 @@ def softmax_in_place(logits, scale=None):
 
 def saved_chunk(saved, rows, n, start, end, part=0):
     """The chunk's n rows in the flat workspace of `rows * V` elements a part."""
-    vocabulary_part = saved[part]
-    return vocabulary_part[rows * start:rows * start + n * (end - start)].view(n, end - start)
+    return saved[part][rows * start:rows * start + n * (end - start)].view(n, end - start)
 
 
 def bias_of(bias, start, end, dtype):
