@@ -545,6 +545,20 @@ def train_stages(config: TrainConfig, settings: dict, out: pathlib.Path, world: 
     world.say(f"try: python unibert.py fill-mask --model {out / 'final'} \"... [MASK] ...\"")
 
 
+def paper_plan(options: dict, gpus: int, gpu: str, tokens: float | None, vocab_size: int, mfu: float) -> str:
+    """What --plan prints: the cost of the run that `options` describe (plan.py)."""
+    try:
+        config = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
+        shape = dict(block=config.block, vocab_size=vocab_size, max_length=config.max_length)
+        return plan(UniBERTConfig.preset(config.preset, **shape),
+                    UniBERTConfig.preset(config.teacher_preset, **shape) if config.distils else None,
+                    gpus=gpus, gpu=gpu, tokens=config.steps * config.tokens_per_batch if tokens is None else tokens,
+                    tokens_per_batch=config.tokens_per_batch, micro_batch_tokens=config.micro_batch_tokens,
+                    mask_rate=config.mask_rate, mfu=mfu, discriminator=config.adv_weight > 0)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 @click.command(context_settings=dict(help_option_names=["-h", "--help"], show_default=True, max_content_width=110))
 @click.option("--data", type=click.Path(file_okay=False), help="A folder made by data.py prepare. [default: the atlas]")
 @click.option("--out", type=click.Path(file_okay=False), help="The run folder. [default: runs/atlas, -2, ...]")
@@ -567,16 +581,7 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
     The defaults below are those for --data; the atlas has a small recipe of its own (ATLAS_RECIPE in options.py).
     """
     if on_paper:
-        try:
-            c = TrainConfig(**{f.name: options[f.name] for f in dataclasses.fields(TrainConfig)})
-            shape = dict(block=c.block, vocab_size=vocab_size, max_length=c.max_length)
-            teacher = UniBERTConfig.preset(c.teacher_preset, **shape) if c.distils else None
-            return click.echo(plan(UniBERTConfig.preset(c.preset, **shape), teacher, gpus=gpus, gpu=gpu, mfu=mfu, mask_rate=c.mask_rate,
-                                   tokens=c.steps * c.tokens_per_batch if tokens is None else tokens,
-                                   tokens_per_batch=c.tokens_per_batch, micro_batch_tokens=c.micro_batch_tokens,
-                                   discriminator=c.adv_weight > 0))
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        return click.echo(paper_plan(options, gpus, gpu, tokens, vocab_size, mfu))
     if options["tensorboard"]:
         summary_writer()                                             # known now, not after the corpus is made
     given = {n for n in options if ctx.get_parameter_source(n) == click.core.ParameterSource.COMMANDLINE}
@@ -587,10 +592,12 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from None
     if out is None:
-        runs = pathlib.Path("runs")
         if resume:
             raise UserError("--resume needs --out, the folder of the run to go on with")
-        out = next(p for i in range(1, 10 ** 6) if not ((p := runs / ("atlas" if i == 1 else f"atlas-{i}")) / "run.json").exists())
+        out, number = pathlib.Path("runs/atlas"), 1
+        while (out / "run.json").exists():
+            number += 1
+            out = pathlib.Path(f"runs/atlas-{number}")
     settings = settle(options, given, pathlib.Path(out), resume, extend)
     if nproc is None:
         nproc = max(1, torch.cuda.device_count() if settings["device"] != "cpu" else 1)
@@ -609,7 +616,7 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
         leave_group()
 
 
-for field in dataclasses.fields(TrainConfig):
+for field in dataclasses.fields(TrainConfig):  # each field is an option of the command
     name, choices = "--" + field.name.replace("_", "-"), field.metadata["choices"]
     kind = dict(is_flag=True) if isinstance(field.default, bool) else dict(type=click.Choice(choices) if choices else type(field.default))
     main = click.option(name, default=field.default, help=field.metadata["help"], **kind)(main)
