@@ -34,8 +34,8 @@ from unibert import load_model
 
 FORMAT = "unibert-eval/1"
 RATES = (5e-5, 1e-4, 2e-4)                                 # swept on the dev set of the source language
+DEV = 1000                                                 # examples of that dev set that are looked at during training
 UNTRAINED = 0.15                                           # of a budget at most, for what needs no training
-DEV = 1000                                                 # examples of it that are looked at during training
 MODULES = {name: importlib.import_module(f"eval.{name}") for name in tasks.TASKS}
 HEADS = {name: module.HEAD for name, module in MODULES.items() if hasattr(module, "HEAD")}
 # Per task of the cells: the metric's name, its per-example columns, the function from columns to score.
@@ -194,7 +194,7 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
                       pool, workers)
             report.write(out)
     for part in ("cells", "training"):                     # told in the order that was asked for
-        report.value[part].sort(key=lambda row: row["task"] in HEADS and 1 + names.index(row["task"]))
+        report.value[part].sort(key=lambda row: names.index(row["task"]) if row["task"] in HEADS else -1)
     report.write(out)
     return report.value
 
@@ -393,20 +393,19 @@ def fine_tune(report, training, model, tokenizer, prefix, seeds, dtype, deadline
     began = time.monotonic()
     name = training.task
     task = HEADS[name](tokenizer, model.config.max_length, training.train, prefix)
-    dev_examples = training.dev[:DEV]
-    train, dev = task.items(training.train, learn=True), task.items(dev_examples)
+    train = training.train, task.items(training.train, learn=True)          # (examples, items)
+    dev = training.dev[:DEV], task.items(training.dev[:DEV])
     scored = [(*target, task.items(target[3])) for target in training.targets]
-    encoder, rest = finetune.compact(model, [train, dev], [items for *_, items in scored])
-    train, dev = (training.train, train), (dev_examples, dev)
+    encoder, rest = finetune.compact(model, [train[1], dev[1]], [items for *_, items in scored])
     steps = max(1, task.epochs * len(training.train) // finetune.BATCH)
     plan = wanted = finetune.Plan(steps, rates, seeds)
     step_time = None
-    before = [t for t in like["training"] if (t["task"], t["data"], t["source"]) == (name, training.data, training.source)
-              ] if like else []
+    this = name, training.data, training.source
+    before = next((t for t in like["training"] if (t["task"], t["data"], t["source"]) == this), None) if like else None
     if before:
-        plan = finetune.Plan(before[0]["steps"], tuple(map(float, before[0]["sweep"])), len(before[0]["seeds"]),
-                             before[0]["share_of_test"], before[0]["batch"])
-        dev = shorten(dev, before[0]["dev_examples"])
+        plan = finetune.Plan(before["steps"], tuple(map(float, before["sweep"])), len(before["seeds"]),
+                             before["share_of_test"], before["batch"])
+        dev = shorten(dev, before["dev_examples"])
     elif deadline < float("inf"):
         arguments = (encoder, task, train, dev, 8192, dtype)
         step_time, look, each = pool.submit(finetune.timings, *arguments).result() if pool else finetune.timings(*arguments)
