@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from data import IGNORE
 from files import read_safetensors, write_atomically, write_safetensors
 from kernels import attention, linear_cross_entropy, linear_distillation
+from launch import UserError
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -508,17 +509,13 @@ def load_model(folder: os.PathLike | str, device: str | torch.device = "cpu") ->
 
 # ------------------------------------------------------------------------------------------------- command line
 
-class Refusal(click.ClickException):
-    exit_code = 2
-
-
 @contextlib.contextmanager
 def refusals():
     """What is wrong with the input, in one line on standard error, exit code 2; anything else stays a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise Refusal(str(error).strip()) from None
+        raise UserError(str(error).strip()) from None
 
 
 def main():
