@@ -26,6 +26,8 @@ import numpy as np
 import sentencepiece
 import torch
 
+from files import sha256_of
+
 BOS, PAD, EOS, UNK, MASK = range(5)        # '<s>' '<pad>' '</s>' '<unk>' '<mask>'
 FIRST_PIECE = 5                            # ids below are special: never masked, never drawn as a replacement
 IGNORE = -100                              # language of a padding segment, target of an unused masking slot
@@ -104,16 +106,8 @@ def check_files(folder, manifest, checksums=True):
         if path.stat().st_size != entry["size"]:
             raise ValueError(f"{path}: {path.stat().st_size:,} bytes where the manifest has {entry['size']:,}; "
                              "run prepare again")
-        if checksums and _sha256(path) != entry["sha256"]:
+        if checksums and sha256_of(path) != entry["sha256"]:
             raise ValueError(f"{path}: damaged, its sha256 differs from the manifest's; run prepare again")
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def memory_map(path, dtype, random=False):

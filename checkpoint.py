@@ -8,7 +8,6 @@ finds that. `latest` names the newest one, for people and scripts; resuming does
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import pathlib
@@ -18,13 +17,8 @@ import threading
 
 import torch
 
-from files import sync_folder, write_atomically
+from files import sha256_of, sync_folder, write_atomically
 from launch import UserError
-
-
-def sha256_of(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_cpu(value):

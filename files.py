@@ -1,6 +1,7 @@
 """Files that are whole or not there, and tensors in them: the safetensors layout, read and written without its package."""
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,12 @@ import struct
 
 import torch
 from torch import Tensor
+
+
+def sha256_of(path: os.PathLike | str) -> str:
+    """Of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: os.PathLike | str, chunks) -> None:
