@@ -85,7 +85,7 @@ def table(report):
                     "| layer | " + " | ".join(keys) + " |", "|---|" + "---:|" * len(keys))
         for i, layer in enumerate(found["layers"]):
             yield f"| {i} | " + " | ".join(f"{layer[key]:.3f}" for key in keys) + " |"
-    yield from limits(report)
+    yield from listed(report["notes"])
 
 
 def trainings(report):
@@ -94,11 +94,11 @@ def trainings(report):
         yield f"- {t['task']}: {t['data']}, {t['how']} ({t['examples']:,} examples, {t['steps']:,} steps of {t['batch']})"
 
 
-def limits(report):
-    """What the numbers do not cover: cuts and omissions."""
-    if report["notes"]:
+def listed(notes):
+    """Notes on what the numbers do not cover, cuts and omissions, as a list."""
+    if notes:
         yield from ("", "Notes:", "")
-        yield from (f"- {note}" for note in report["notes"])
+        yield from (f"- {note}" for note in notes)
 
 
 # ---- two models ---------------------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ def pairs(baseline, candidate):
     """{task: {"data language": statistics.Cell}} of the cells with the same examples in both; and notes."""
     ours = {(c["task"], c["data"], c["language"]): c for c in candidate["cells"]}
     found, cut = {}, {}       # cut: (task, data, what) -> languages
-    only = len(ours) + len(baseline["cells"])
+    alone = len(ours) + len(baseline["cells"])           # cells that only one report has
     for b in baseline["cells"]:
         name = (b["task"], b["data"], b["language"])
         c = ours.get(name)
         if c is None:
             continue
-        only -= 2
+        alone -= 2
         # A budget or a limit may have cut one side: the first examples are then the same.
         n = min(b["n"], c["n"])
         whole = b["task"] == "retrieval"                 # there the number of candidates is part of the task
@@ -133,8 +133,8 @@ def pairs(baseline, candidate):
             notes.append(f"{task}: only the first {min(seeds)} of {max(seeds)} seeds, which all its data sets have")
             found[task] = {name: statistics.Cell(cell.score, cell.system[:min(seeds)], cell.baseline[:min(seeds)])
                            for name, cell in row.items()}
-    if only:
-        notes.append(f"{only} cells that only one report has; left out")
+    if alone:
+        notes.append(f"{alone} cells that only one report has; left out")
     return found, notes
 
 
@@ -152,10 +152,8 @@ def compare(baseline, candidate, seed=0):
         for name, (new, old) in row.items():
             percent = f"{100 * (new - old) / old:+.1f}%" if old >= SMALLEST else "-"
             yield f"| {name} | {old:.3f} | {new:.3f} | {new - old:+.3f} | {percent} |"
-    yield from verdicts(cells, scores, notes, seed)
-    if notes:
-        yield from ("", "Notes:", "")
-        yield from (f"- {note}" for note in notes)
+    yield from verdicts(cells, scores, notes, seed)                   # which may add notes
+    yield from listed(notes)
 
 
 def mean_scores(cells):

@@ -41,8 +41,8 @@ ROWS = 4096        # tokens whose float64 copies are alive at a time
 
 
 def calibration(folder: Path | str, tokenizer, tokens: int, length: int) -> tuple[Tensor, Tensor, int]:
-    """About `tokens` tokens of the texts in `folder`, of each language alike, in sequences of at most `length` -> packed
-    batch."""
+    """Texts in `folder`, about `tokens` tokens, as many of each language, in sequences of at most `length`
+    -> packed batch: tokens [T], cu_seqlens [S + 1], max_seqlen."""
     sequences = []
     languages = texts_by_language(folder)
     for _, texts in languages:
@@ -272,12 +272,14 @@ def prune_command(source, target, data, heads, intermediate_size, layers, tokens
     """Keep the heads and neurons that matter most, fitted anew: model folder SRC -> smaller model folder DST."""
     with refusals():
         model, vocabulary = load_model(source), read_vocabulary(source)
-        text, longest = (data, load_vocabulary(source)), min(max_length, model.config.max_length)
+        tokenizer, length = load_vocabulary(source), min(max_length, model.config.max_length)
         if layers is not None and not all(part.strip().isdigit() for part in layers.split(",")):
             raise ValueError(f"--layers is {layers!r}; it must be numbers of layers, as in 0,1,3,5")
         layers = list(range(model.config.num_layers)) if layers is None else [int(n) for n in layers.split(",")]
-        batches = healing_batches(*calibration(*text, heal_tokens, longest)[:2]) if steps else []    # refused before the fit, not after it
-        small = prune(model, heads, intermediate_size, *calibration(*text, tokens, longest), layers, say=click.echo)
+        if steps:                                        # before the fit, so that too little text is refused at once
+            packed, cu_seqlens, _ = calibration(data, tokenizer, heal_tokens, length)
+            batches = healing_batches(packed, cu_seqlens)
+        small = prune(model, heads, intermediate_size, *calibration(data, tokenizer, tokens, length), layers, say=click.echo)
         if steps:
             heal(model, small, layers, batches, steps, say=click.echo)
         with new_folder(target, source) as folder:
