@@ -78,7 +78,7 @@ class Checkpoints:
             write_atomically(self.folder / "latest", [self.path(step).name.encode()])
             self._prune(step)
             self.failed = False
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        except Exception as error:  # a full disk, mostly; whatever it is, this thread must not end as if all were well
             self.warn(f"warning: the checkpoint of step {step} could not be written ({error}); training goes on, "
                       f"the checkpoints before it are intact")
             shutil.rmtree(hidden, ignore_errors=True)

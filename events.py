@@ -5,6 +5,7 @@ A record is a dict with `step` and either the measurements of that step or, unde
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import resource
@@ -16,6 +17,13 @@ import torch
 from files import write_atomically
 from launch import UserError
 from options import TrainConfig
+
+
+def as_json(value):
+    """A measurement for the log: floats to six digits, and null for one that is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    return (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 class Log:
@@ -43,7 +51,7 @@ class Log:
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a") as file:
-                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+                file.write(json.dumps(as_json(record)) + "\n")
         except OSError:
             with suppress(OSError):
                 os.truncate(path, size)  # half a line would spoil the next one
@@ -72,14 +80,16 @@ class Log:
         return line + (f"  {hours}h{minutes % 60:02d}m left" if hours else f"  {minutes}m{seconds:02d}s left")
 
     def rewind(self, step: int) -> None:
-        """Drop what a crashed run logged after `step`, the checkpoint to go on from, and a line cut off in the middle."""
+        """Drop what a run that was stopped or killed logged after `step`, the checkpoint to go on from, and a line cut off in the
+        middle. So that the validation of that step is neither lost nor made twice, it is dropped, too, and made again."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
+        kept, again = [], step % self.config.eval_every == 0 or step == self.config.steps
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] < step or record["step"] == step and not (again and "validation" in record):
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 pass

@@ -5,8 +5,10 @@ import ctypes
 import logging
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 
 import click
@@ -85,11 +87,14 @@ def keep_freed_memory() -> None:
 def end_of_rank(error: Exception) -> None:
     """Turn an error of one rank into its exit. Called in an `except` block.
 
-    Bad input fails on all ranks of a machine alike, and the first there says it. A lost connection means that another rank died, and
+    Bad input fails on all ranks of a machine alike, and the first there says it; another one speaks where it is alone. A lost connection means that another rank died, and
     the launcher says which. What the system refused (OSError) is said in one line, exit code 1. Anything else is raised again.
     """
     if isinstance(error, (ValueError, click.ClickException)):
         if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # by then the launcher has ended this process, unless it is the only one that failed
+            click.echo(f"Error: rank {os.environ['RANK']}: {error}", err=True)
             raise SystemExit(2) from None
         raise error if isinstance(error, click.ClickException) else UserError(str(error)) from error
     if isinstance(error, OSError):  # a full disk, most likely: nothing that a traceback would explain better
@@ -125,6 +130,7 @@ def tell_stopped() -> None:
 
 def launch(program: str, nproc: int, arguments: list[str]) -> int:
     """Run `program` in `nproc` processes of this machine through torch's elastic launcher; returns the exit code."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -132,14 +138,15 @@ def launch(program: str, nproc: int, arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     # Seconds to finish the step and save after a signal was passed on. Torch's own 30 are few for a large model.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", run_id=str(os.getpid()), max_restarts=0)
-    with tempfile.NamedTemporaryFile() as stopped:  # how the processes ended, the launcher does not say after a signal
-        os.environ[STOPPED] = stopped.name
+    with tempfile.TemporaryDirectory() as folder:  # torch's log folder, which it would leave behind
+        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=nproc, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                              run_id=str(os.getpid()), max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=folder))
+        stopped = pathlib.Path(folder, "stopped")  # how the processes ended, the launcher does not say after a signal
+        os.environ[STOPPED] = str(stopped)
         try:
             elastic_launch(config, sys.executable)("-u", os.path.abspath(program), *arguments)
         except SignalException as error:
-            if not os.path.getsize(stopped.name):
+            if not stopped.exists():
                 click.echo(f"Error: stopped by {error.sigval.name}, and nothing was saved after it. Go on with --resume", err=True)
                 return 1
         except ChildFailedError as error:

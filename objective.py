@@ -155,12 +155,13 @@ class Objective(nn.Module):
                 if self.teacher is not None and getattr(self.config, weight)}
 
 
-def batch_counts(batches: list[PackedBatch], n_languages: int) -> np.ndarray:
-    """[3 + n_languages] float64: masked targets, tokens, sequences, and tokens of each language, padding apart."""
+def batch_counts(batches: list[PackedBatch], n_languages: int, level: str = "token") -> np.ndarray:
+    """[3 + n_languages] float64: masked targets, tokens, sequences, and those of each language at `level` (--adv-level: tokens
+    or sequences), padding apart."""
     counts = np.zeros(3 + n_languages)
     for batch in batches:
         languages, lengths = batch.languages.numpy(), batch.cu_seqlens.diff().numpy()
         real = (languages != IGNORE) & (lengths > 0)
         counts[:3] += (batch.targets != IGNORE).sum().item(), lengths[real].sum(), real.sum()
-        counts[3:] += np.bincount(languages[real], lengths[real], n_languages)
+        counts[3:] += np.bincount(languages[real], lengths[real] if level == "token" else None, n_languages)
     return counts

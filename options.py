@@ -183,8 +183,9 @@ def settle(options: dict, given: set[str], out: pathlib.Path, resume: bool, exte
             raise UserError(f"{path} does not hold the options of a run ({type(error).__name__}: {error}); it is damaged") from None
         if options["dtype"] == "auto":  # run.json says what it was
             given = given - {"dtype"}
+        free = [n for n in RUNS_THE_SAME if n != "micro_batch_tokens" or not saved.get("dropout")]  # each draws its own dropout
         changed = [f"--{n.replace('_', '-')} (was {saved[n]}, now {options[n]})" for n in sorted(given & saved.keys())
-                   if options[n] != saved[n] and n not in RUNS_THE_SAME and not (extend and n == "steps")]
+                   if options[n] != saved[n] and n not in free and not (extend and n == "steps")]
         if changed:
             raise UserError(f"this would not be the run in {out} any more: {', '.join(changed)}. Leave these options as they "
                             f"were, start a new run with another --out, or give --extend if only --steps grows")

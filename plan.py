@@ -24,22 +24,23 @@ def parameters(c: UniBERTConfig) -> tuple[int, int]:
 
 
 def flops_per_token(model: UniBERTConfig, mask_rate: float, mean_length: float, teacher: UniBERTConfig | None = None,
-                    discriminator: bool = False, teacher_head: bool = True) -> dict[str, float]:
+                    discriminator: bool = False, head: bool = True, teacher_head: bool = True) -> dict[str, float]:
     """Useful matrix FLOPs a token of one training step, by part: 2 a weight forward, 4 backward, a teacher only forward.
 
     A token attends to `mean_length` others on average. Recomputation inside kernels is not useful work and not
-    counted. The discriminator is run twice forward (unibert.py) and once backward. teacher_head: its predictions are wanted.
+    counted. The discriminator is run twice forward (unibert.py) and once backward. head, teacher_head: whether the model's
+    and the teacher's predictions are wanted.
     """
     def encoder(c: UniBERTConfig) -> float:
         mlp = (3 if c.block == "modern" else 2) * c.hidden_size * c.intermediate_size
         inner = c.num_heads * c.head_dim
         return c.num_layers * (2 * (4 * c.hidden_size * inner + mlp) + 4 * mean_length * inner)
 
-    def head(c: UniBERTConfig) -> float:
+    def predictions(c: UniBERTConfig) -> float:
         return mask_rate * 2 * c.hidden_size * (c.vocab_size + c.hidden_size)
-    parts = dict(encoder=3 * encoder(model), head=3 * head(model))
+    parts = dict(encoder=3 * encoder(model), head=3 * predictions(model) * head)
     if teacher:
-        parts["teacher"] = encoder(teacher) + head(teacher) * teacher_head
+        parts["teacher"] = encoder(teacher) + predictions(teacher) * teacher_head
     if discriminator:
         parts["discriminator"] = 8 * 2 * model.hidden_size * (model.hidden_size + model.n_languages)
     return parts
@@ -56,7 +57,7 @@ def memory(model: UniBERTConfig, micro_batch_tokens: int, teacher: UniBERTConfig
     h, i = model.hidden_size, model.intermediate_size
     activations = micro_batch_tokens * model.num_layers * (26 * h + (8 if model.block == "modern" else 4) * i)
     parts = {"weights (fp32)": 4 * count, "bf16 copies of the weights": 2 * count, "gradients": 4 * count,
-             "AdamW moments": 8 * count, "activations": activations,
+             "optimiser's moments (bound)": 8 * count, "activations": activations,
              "loss workspace (bound)": 512 * 2 ** 20 if model.vocab_size > 4096 else 0}
     if teacher:
         t = teacher

@@ -154,8 +154,9 @@ class Run:
         self.model = self.objective.model
         self.model.checkpoint_activations = config.checkpoint_activations
         self.optimizers = make_optimizers(self.objective, config)
-        self.flops = sum(flops_per_token(model.config, config.mask_rate, config.max_length / 2, teacher.config if teacher else None,
-                                         config.adv_weight > 0, self.objective.predictions_of_teacher).values())
+        reads = teacher.config if teacher and not config.teacher_cache else None  # a cached vector is no work; the first epoch's is left out
+        self.flops = sum(flops_per_token(model.config, config.mask_rate, config.max_length / 2, reads, config.adv_weight > 0,
+                                         head=bool(config.mlm_weight or config.kd_weight), teacher_head=config.kd_weight > 0).values())
         name = torch.cuda.get_device_name(self.device) if cuda else ""
         self.peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every,
@@ -164,8 +165,6 @@ class Run:
         self.adv_loss = 0.0  # the discriminator's on the last global batch
         self.stop_asked, self.stopping = 0.0, False  # when this process got a signal; all ranks know of one
         self.log = Log(out, config, self.rows * row) if world.rank == 0 else lambda record: None
-        if teacher is not None:
-            self.study_teacher()
 
     def fresh_model(self, teacher: UniBERT | None, reread: Reread | None) -> UniBERT:
         """The model before its first step: that of --init, layers of the teacher, or --preset drawn at random."""
@@ -201,13 +200,16 @@ class Run:
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """This process's share of the global batch of `step`, in micro-batches."""
         share = self.rows // self.world.size
-        first = self.world.rank * share
-        size = max(1, min(share, self.config.micro_batch_tokens // self.batch_config.row_tokens))
-        while share % size:  # equal shapes: nothing recompiles
-            size -= 1
+        first, size = self.world.rank * share, self.micro_batch_rows()
         batches = [packed_batch(self.corpus, self.probabilities, self.batch_config, self.config.seed, step,
                                 range(first + i, first + i + size)) for i in range(0, share, size)]
         return [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
+
+    def micro_batch_rows(self) -> int:
+        """Rows of a micro-batch: as many as --micro-batch-tokens holds, but all alike, so that nothing recompiles."""
+        share = self.rows // self.world.size
+        most = max(1, min(share, self.config.micro_batch_tokens // self.batch_config.row_tokens))
+        return next(size for size in range(most, 0, -1) if share % size == 0)
 
     def study_teacher(self) -> None:
         """What is to be known of the teacher's vectors before the first step: where its languages lie (--kd-neutral), and texts to
@@ -226,13 +228,13 @@ class Run:
                 number += 1
             return torch.cat(vectors)[:count].float()
 
-        if config.kd_neutral:
+        if config.kd_neutral and objective.teacher is not None:
             known = np.flatnonzero(self.probabilities)
             self.world.say(f"the teacher reads {TEXTS_OF_A_LANGUAGE} texts of each of {len(known)} languages")
             one = np.eye(len(self.probabilities))
             means = torch.stack([read(one[language], TEXTS_OF_A_LANGUAGE).mean(0) for language in known])
             objective.centre, objective.directions = means.mean(0), language_directions(means, config.kd_neutral)
-        if config.kd_anchors:
+        if config.kd_anchors and objective.teacher is not None:
             self.world.say(f"the teacher reads {config.kd_anchors:,} texts to compare with")
             objective.anchors = read(self.probabilities, config.kd_anchors)
 
@@ -255,7 +257,7 @@ class Run:
         strength = self.strength()
         strength_on_device = torch.tensor(strength, device=self.device)
         # One vector for all ranks: counts, and whether one of them was asked to stop.
-        shared = np.append(batch_counts(batches, len(self.corpus.languages)), float(self.stop_asked > 0))
+        shared = np.append(batch_counts(batches, len(self.corpus.languages), config.adv_level), float(self.stop_asked > 0))
         shared = world.sum(torch.from_numpy(shared).float().to(self.device))
         counts, sums = shared[:3], torch.zeros(len(Objective.PARTS), device=self.device)
         if config.cuda_graphs:
@@ -313,7 +315,7 @@ class Run:
         if self.objective.discriminator is not None:
             self.adv_loss = part["adv"] / units if finite else self.adv_loss
             record |= {"adv_loss": part["adv"] / units, "discriminator_accuracy": part["correct"] / units,
-                       "chance": max(per_language) / tokens, "lambda": strength}
+                       "chance": max(per_language) / units, "lambda": strength}
         record |= self.objective.teacher_terms(part, masked, tokens, sequences)
         self.stopping, self.tokens_seen = stop > 0, self.tokens_seen + int(tokens)
         record |= dict(lr=self.config.lr * schedule(self.step, self.config), grad_norm=norms[0], tokens_seen=self.tokens_seen,
@@ -348,6 +350,8 @@ class Run:
                 module.register_comm_hook(world.size, average_in_bfloat16)
         if config.profile and config.steps - self.step < 7:
             world.say("--profile: it looks at the fifth to the seventh step from here, there are fewer; nothing will be written")
+        if 0 < self.step < config.steps and self.step % config.eval_every == 0:  # resumed: see Log.rewind
+            self.log(dict(step=self.step, validation=evaluate(self)))
         self.objective.train()
         record, clock, since = {}, time.perf_counter(), self.tokens_seen
         with profiler(self.out, self.device) if config.profile and world.rank == 0 else nullcontext() as profile:
@@ -433,7 +437,7 @@ class Run:
         if every != self.world.size * self.step:
             raise UserError(f"process {self.world.rank} found the checkpoint of step {self.step} in {self.out}, others found another; "
                             f"all machines must see one folder. Start again with --resume when they do")
-        if self.world.rank == 0:  # killed before its first checkpoint, a run may have logged steps all the same
+        if self.world.rank == 0 and not finished:  # killed before its first checkpoint, a run may have logged steps all the same
             self.log.rewind(self.step)
 
 
@@ -446,6 +450,8 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     run = Run(config, corpus, out, world, teacher, reread, top)
     finished = out / "finished"  # written last; of an extended run it says that the shorter one was
     done = finished.is_file() and finished.read_text() == str(config.steps)
+    if not done:
+        run.study_teacher()
     run.resume(done)
     if done:
         world.say(f"{title}: finished before, in {out / 'final'}")
@@ -457,6 +463,11 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     world.say(f"{title}: {origin}, {encoder / 1e6:.2f} M parameters + {run.model.embedding.weight.numel() / 1e6:.2f} M "
               f"embeddings, {len(corpus.languages)} languages, {config.steps} steps of {run.rows * run.batch_config.row_tokens:,} "
               f"tokens, {config.dtype} on {world.size} x {config.device}")
+    size, room = run.micro_batch_rows(), min(run.rows // world.size, config.micro_batch_tokens // run.batch_config.row_tokens)
+    if 2 * size < room:
+        row = run.batch_config.row_tokens
+        world.say(f"--tokens-per-batch: {run.rows // world.size} rows a process divide into micro-batches of {size} alone, where {room} "
+                  f"would fit; {max(1, run.rows // (room * world.size)) * room * world.size * row:,} tokens would be faster")
     before = evaluate(run) if run.objective.predictions_of_teacher and run.step == 0 else None
     handlers = {number: signal.signal(number, run.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     start, known = time.perf_counter(), run.tokens_seen

@@ -37,7 +37,7 @@ def life(arguments):
 def steps_logged(out):
     try:
         with open(os.path.join(out, "metrics.jsonl"), "rb") as file:
-            return file.read().count(b"\n")
+            return file.read().count(b'"loss"')
     except FileNotFoundError:
         return 0
 

@@ -25,7 +25,7 @@ from launch import UserError
 
 REPO = pathlib.Path(train.__file__).parent
 OPTIONS = ("--preset", "tiny", "--steps", "40", "--tokens-per-batch", "1024", "--max-length", "32", "--device", "cpu",
-           "--eval-tokens", "1024", "--log-every", "1", "--save-every", "4", "--adv-weight", "0.1", "--kd-weight", "0",
+           "--eval-tokens", "1024", "--eval-every", "8", "--log-every", "1", "--save-every", "4", "--adv-weight", "0.1", "--kd-weight", "0",
            "--dtype", "float32", "--optimizer", "muon")
 KILLS = 25
 
@@ -59,6 +59,11 @@ def steps_logged(out):
     return [r["step"] for r in records if "loss" in r]
 
 
+def steps_validated(out):
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [r["step"] for r in records if "validation" in r]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -85,7 +90,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp
     assert harness.returncode == 0, harness.stdout[-3000:] + harness.stderr[-3000:]
     print(harness.stdout.splitlines()[-1])
     assert int(re.fullmatch(r"\d+ lives, (\d+) kills", harness.stdout.splitlines()[-1])[1]) >= 0.8 * KILLS
-    assert steps_logged(out) == list(range(1, 41))
+    assert steps_logged(out) == list(range(1, 41)) and steps_validated(out) == [8, 16, 24, 32, 40]
     assert same_weights(out, undisturbed)
 
 

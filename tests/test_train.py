@@ -59,6 +59,7 @@ def make_run(corpus, tmp_path):
         folder = tmp_path / f"run{len(made)}"
         folder.mkdir()
         made.append(Run(dataclasses.replace(TINY, **changes), corpus, folder, World(), teacher))
+        made[-1].study_teacher()
         return made[-1]
     return make
 
