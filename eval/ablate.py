@@ -403,9 +403,11 @@ def table(reports, head=()):
                    + (f"{relative.low:+.2f} to {relative.high:+.2f} | " if relative else "- | ")
                    + f"{100 * points.estimate:+.2f} | {100 * points.low:+.2f} to {100 * points.high:+.2f} | "
                    f"{r['p']:.4g} | {p:.4g} |")
-        yield from ("", "Intervals: paired bootstrap over languages, examples and seeds, these tasks. p: paired permutation "
-                        "of the languages' mean differences in points, these models (other seeds are in the intervals, not in p); Holm: corrected "
-                        "for the three comparisons.")
+        other = ("other seeds are in the intervals, not in p" if "seeds" in reports["mlm"]["model"] else
+                 "seeds of fine-tuning are in the intervals, not in p; that of the one pretraining each is in neither")
+        yield from ("", "Intervals: paired bootstrap over languages, examples (those of parallel data drawn alike) and seeds, these tasks. p: paired "
+                        f"permutation of the languages' mean differences in points, these models ({other}), too small where languages share "
+                        "examples; Holm: corrected for the three comparisons.")
     notes = dict.fromkeys(note for r in (*reports.values(), *results.values()) for note in r["notes"])
     if notes:
         yield from ("", "Notes:", "", *(f"- {note}" for note in notes))

@@ -4,6 +4,8 @@
     table(report)                      scores by task and language, as lines of Markdown
     compare(baseline, candidate)       relative improvement, interval and tests, as lines of Markdown
 """
+import dataclasses
+
 import numpy as np
 
 from eval import statistics, tasks
@@ -124,14 +126,15 @@ def pairs(baseline, candidate):
             cut.setdefault((*name[:2], f"only the first {n} examples are in both"), []).append(b["language"])
         seeds = min(len(b["examples"]), len(c["examples"]))
         tables = [np.array(side["examples"][:seeds], dtype=np.float64)[:, :n] for side in (c, b)]
+        # Languages with equally many examples may have the same ones, translated: taken as such. Others lose nothing by it.
         found.setdefault(b["task"], {})[f"{b['data']} {b['language']}"] = statistics.Cell(
-            SCORES[b["task"]][2], *tables)
+            SCORES[b["task"]][2], *tables, parallel=b["data"])
     notes = [f"{task}: {data}: {what}: {', '.join(codes)}" for (task, data, what), codes in cut.items()]
     for task, row in found.items():                      # a budget may have cut one of a task's data sets to fewer
         seeds = {len(cell.system) for cell in row.values()}
         if len(seeds) > 1:
             notes.append(f"{task}: only the first {min(seeds)} of {max(seeds)} seeds, which all its data sets have")
-            found[task] = {name: statistics.Cell(cell.score, cell.system[:min(seeds)], cell.baseline[:min(seeds)])
+            found[task] = {name: dataclasses.replace(cell, system=cell.system[:min(seeds)], baseline=cell.baseline[:min(seeds)])
                            for name, cell in row.items()}
     if alone:
         notes.append(f"{alone} cells that only one report has; left out")
@@ -197,7 +200,8 @@ def language_differences(scores):
     for task, row in scores.items():
         for name, (new, old) in row.items():
             found.setdefault(language_code(name.rpartition(" ")[2]), {}).setdefault(task, []).append(new - old)
-    return [float(np.mean([np.mean(values) for values in by_task.values()])) for by_task in found.values()]
+    # Rounded, so that equal means of other numbers are no difference to the tests.
+    return [round(float(np.mean([np.mean(values) for values in by_task.values()])), 12) for by_task in found.values()]
 
 
 def verdicts(cells, scores, notes, seed=0):
@@ -236,10 +240,11 @@ def verdict(cells, scores, notes, seed):
     if len(shared) == 1 and min(shared) > 1 and sum(map(len, cells.values())) > 1:
         per_seed = [[float(c.score(*c.system[s].T)) - float(c.score(*c.baseline[s].T))
                      for row in cells.values() for c in row.values()] for s in range(min(shared))]
-        effect, sd_language, sd_seed = statistics.effect_spread(per_seed)
+        effect, sd_language, sd_seed, sd_run = statistics.effect_spread(per_seed)
         if effect:
-            needed = statistics.languages_needed(abs(effect), sd_language, sd_seed, min(shared), simulations=1000)
-            yield (f"Spread of the difference: {sd_language:.3f} between cells, {sd_seed:.3f} between seeds; to find "
+            needed = statistics.languages_needed(abs(effect), sd_language, sd_seed, min(shared), sd_run=sd_run, simulations=1000)
+            yield (f"Spread of the difference: {sd_language:.3f} between cells, {sd_seed:.3f} between seeds, {sd_run:.3f} between "
+                   f"seeds for all cells alike; to find "
                    f"{abs(effect):.3f} in 4 of 5 studies with {min(shared)} seeds takes "
                    f"{f'{needed} cells' if needed else 'more than 300 cells'}.")
 

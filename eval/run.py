@@ -286,6 +286,12 @@ def assign(task, sets, report, say, train_on="source"):
                 report.note(f"{dataset.name}: left out: {reason} (trained on {largest.data})", say)
                 continue
             largest.targets += targets(dataset.name, found)
+        else:
+            own = [t for t in trainings if t.data == dataset.name]
+            known = {t.source for t in own} | {code for t in own for name, code, *_ in t.targets if name == dataset.name}
+            if lost := [code for code, row in found.items() if code not in known and scored_split(row)]:
+                report.note(f"{dataset.name}: left out, because no split is sure to hold no translation of what was learnt: "
+                            f"{', '.join(lost)}", say)
     for t in trainings:
         for name, code, split, examples in [(t.data, t.source, "dev", t.dev), *t.targets]:
             if reason := HEADS[task].mismatch(t.train, examples):
@@ -318,7 +324,11 @@ def train_on_source(task, sets):
         train, dev, rest, how = part(dataset.name, found[source], source, split)
         if split != "train":  # of the other languages only the places that `part` kept out of train
             every, side = (2, 0) if split == "test" else (10, 1)
-            found = {code: row | {split: divide(row[split], every)[side]} if split in row else row for code, row in found.items()}
+            count, by_article = len(found[source][split]), hasattr(found[source][split][0], "article")
+            for code, row in [(code, row) for code, row in found.items() if split in row]:
+                # Of another length it is in another order: no place says what is a translation of what.
+                kept = divide(row[split], every)[side] if by_article or len(row[split]) == count else []
+                found = found | {code: {k: v for k, v in row.items() if k != split} | ({split: kept} if kept else {})}
         trainings.append(Training(task, dataset.name, source, how, train, dev,
                                   targets(dataset.name, {**found, source: rest})))
     return trainings
@@ -374,7 +384,7 @@ def divide(examples, every):
     """-> (rest, each `every`-th, of fewer than 2 * every each second or so; none of one). Examples that have an `article`
     stay together with the others of it."""
     keys = [getattr(example, "article", i) for i, example in enumerate(examples)]
-    groups = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    groups = {key: n for n, key in enumerate(sorted(set(keys)))}     # as in the file, not as drawn
     every = min(every, max(2, len(groups) // 2))
     chosen = [groups[key] % every == every - 1 for key in keys]
     return [e for e, c in zip(examples, chosen) if not c], [e for e, c in zip(examples, chosen) if c]

@@ -70,10 +70,12 @@ class Cell:
     score: a function of metrics.py that takes columns [n] and `weights` [resamples, n] (mean, f1_from_counts,
         pearson, spearman).
     system, baseline: [seeds, n, columns], the same examples in the same order, and the same seeds.
+    parallel: names the examples of which this language's are translations, in one order; None: they are its own.
     """
     score: Callable
     system: np.ndarray
     baseline: np.ndarray
+    parallel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def bootstrap(cells, resamples=2000, level=0.95, seed=0, relative=True, levels=L
     cells: {task: {language: Cell}}. A replicate draws, with replacement, tasks; for every task drawn its
     languages and its seeds; for every language drawn its examples. Both systems get the same draw. Seeds are
     drawn once a task and not anew for each language, because one fine-tuned model is scored on all languages
-    of the task.
+    of the task; so are the examples of parallel data, where what is hard in one language is hard in the others: with a
+    correlation of 0.2 between 15 languages, an interval that drew them anew held the truth in 84% of simulated studies.
 
     levels: what is drawn; the rest stays as it is. With all four, the interval is about tasks like these;
         without "task", about these tasks. Few tasks make a percentile interval too narrow, by sqrt(1 - 1/k)
@@ -133,7 +136,7 @@ def _checked(cell, task, language):
     if system.ndim != 3 or system.shape != baseline.shape or not system.size:
         raise ValueError(f"{task} {language}: both systems need [seeds, examples, columns] of one shape, "
                          f"not {system.shape} and {baseline.shape}")
-    return Cell(cell.score, system, baseline)
+    return Cell(cell.score, system, baseline, cell.parallel)
 
 
 def _draw_task(task, row, count, levels, relative, rng):
@@ -147,27 +150,32 @@ def _draw_task(task, row, count, levels, relative, rng):
     if "language" in levels:
         slots = rng.integers(len(names), size=slots.shape)
     values = np.empty(slots.shape)
-    for i, language in enumerate(names):
-        replicate, _ = np.nonzero(slots == i)
-        values[slots == i] = _draw_cell(task, language, row[language], seeds[replicate],
-                                        "example" in levels, relative, rng)
+    chunk = max(1, 2 ** 20 // max(cell.system.shape[1] for cell in row.values()))        # 8 MiB of weights at a time
+    for start in range(0, count, chunk):
+        part = slice(start, start + chunk)
+        shared = {}                                      # (parallel, n) -> weights of the examples in each replicate
+        for i, language in enumerate(names):
+            cell, n = row[language], row[language].system.shape[1]
+            where = slots[part] == i
+            replicate, _ = np.nonzero(where)
+            if not len(replicate):
+                continue
+            if cell.parallel is None:
+                weights = _weights(n, len(replicate), "example" in levels, rng)
+            else:
+                if (cell.parallel, n) not in shared:
+                    shared[cell.parallel, n] = _weights(n, len(where), "example" in levels, rng)
+                weights = shared[cell.parallel, n][replicate]
+            values[part][where] = _improvement(task, language, cell, weights, seeds[part][replicate], relative)
     return values.mean(1)
 
 
-def _draw_cell(task, language, cell, seeds, resample, relative, rng):
-    """One cell's improvement for each row of seed weights [count, seeds] -> [count]."""
-    n = cell.system.shape[1]
-    values = np.empty(len(seeds))
-    chunk = max(1, 2 ** 20 // n)                         # 8 MiB of weights at a time
-    for start in range(0, len(seeds), chunk):
-        part = seeds[start:start + chunk]
-        weights = _weights(n, len(part) if resample else 1, resample, rng)
-        system, baseline = (np.stack([cell.score(*table.T, weights=weights) for table in tables], axis=1)
-                            for tables in (cell.system, cell.baseline))
-        system, baseline = ((scores * part).sum(1) / part.sum(1) for scores in (system, baseline))
-        values[start:start + chunk] = (_relative(system, baseline, task, language) if relative
-                                       else system - baseline)
-    return values
+def _improvement(task, language, cell, weights, seeds, relative):
+    """One cell's improvement for each row of weights of its examples [count, n] and of its seeds [count, seeds] -> [count]."""
+    system, baseline = (np.stack([cell.score(*table.T, weights=weights) for table in tables], axis=1)
+                        for tables in (cell.system, cell.baseline))
+    system, baseline = ((scores * seeds).sum(1) / seeds.sum(1) for scores in (system, baseline))
+    return _relative(system, baseline, task, language) if relative else system - baseline
 
 
 def _weights(n, count, resample, rng):
@@ -266,34 +274,39 @@ def holm(p_values):
 # ---- power --------------------------------------------------------------------------------------------------
 
 def effect_spread(differences):
-    """(mean, sd_language, sd_seed) of differences [seeds, languages], system - baseline run by run.
+    """(mean, sd_language, sd_seed, sd_run) of differences [seeds, languages], system - baseline run by run.
 
-    sd_seed is the spread of one language's difference between seeds; sd_language that of the true effect
-    between languages, after the seeds' share is taken off (0 where nothing is left). Moments of a two-level
-    random model. Raises ValueError with fewer than 2 seeds or 2 languages.
+    sd_run is the spread between seeds that all languages share, because one model is scored on them; sd_seed what is left of
+    the spread of one language's difference between seeds; sd_language that of the true effect between languages. 0 where
+    nothing is left. Moments of a two-way random model. Raises ValueError with fewer than 2 seeds or 2 languages.
     """
     differences = np.asarray(differences, dtype=np.float64)
     if differences.ndim != 2 or min(differences.shape) < 2:
         raise ValueError(f"a spread needs [seeds, languages] with at least 2 of each, not {differences.shape}")
-    within = differences.var(axis=0, ddof=1).mean()
-    between = differences.mean(0).var(ddof=1) - within / len(differences)
-    return float(differences.mean()), math.sqrt(max(0.0, between)), math.sqrt(within)
+    seeds, languages = differences.shape
+    by_seed, by_language = differences.mean(1), differences.mean(0)
+    rest = differences - by_seed[:, None] - by_language + differences.mean()
+    own = np.square(rest).sum() / ((seeds - 1) * (languages - 1))
+    shared, between = by_seed.var(ddof=1) - own / languages, by_language.var(ddof=1) - own / seeds
+    return float(differences.mean()), *(math.sqrt(max(0.0, v)) for v in (between, own, shared))
 
 
-def power(effect, sd_language, sd_seed, languages, seeds, alpha=0.05, simulations=4000, seed=0):
+def power(effect, sd_language, sd_seed, languages, seeds, sd_run=0.0, alpha=0.05, simulations=4000, seed=0):
     """How often a study of `languages` x `seeds` finds `effect`: the share of simulations with p <= alpha.
 
-    A language's mean difference is normal around `effect` with variance sd_language^2 + sd_seed^2 / seeds;
-    the three share one unit (points or per cent). Below 6 languages the test cannot reach 0.05 at all, so the
-    answer is 0.
+    A study's mean is normal around `effect` with variance sd_run^2 / seeds, a language's mean difference around that with
+    variance sd_language^2 + sd_seed^2 / seeds; all share one unit (points or per cent). Below 6 languages the test cannot
+    reach 0.05 at all, so the answer is 0. With an sd_run the test finds "effects" that are only these seeds', too.
     """
-    if languages < 1 or seeds < 1 or sd_language < 0 or sd_seed < 0:
+    if languages < 1 or seeds < 1 or min(sd_language, sd_seed, sd_run) < 0:
         raise ValueError("power needs at least 1 language and 1 seed, and spreads of 0 or more")
     rng = np.random.default_rng(seed)
     spread = math.sqrt(sd_language ** 2 + sd_seed ** 2 / seeds)
-    if spread == 0:                                      # every simulation is the same, and full of ties
+    if spread == 0 == sd_run:                            # every simulation is the same, and full of ties
         return float(wilcoxon(np.full(languages, effect))[1] <= alpha)
     differences = effect + spread * rng.standard_normal((simulations, languages))
+    if sd_run:
+        differences += sd_run / math.sqrt(seeds) * rng.standard_normal((simulations, 1))
     ranks = np.abs(differences).argsort(1).argsort(1) + 1.0
     positive = (ranks * (differences > 0)).sum(1)
     negative = (ranks * (differences < 0)).sum(1)

@@ -517,6 +517,16 @@ def test_training_data_are_found_or_made():
     training, = run.assign("nli", [(DataSet("nli/x"), {"en": {"dev": pairs}, "de": {"dev": pairs}, "fr": {"dev": pairs[:1]}})],
                            Notes(), print)
     assert training.targets[0][:3] == ("nli/x", "de", "dev") and training.targets[0][3] == training.dev
+    # One that lacks a row was drawn in another order: where articles are known they still tell, else it is left out.
+    parallel["de"]["test"] = run.drawn(parallel["de"]["test"][1:])
+    parallel["en"]["test"] = run.drawn(parallel["en"]["test"])
+    training, = run.assign("qa", [(DataSet("qa/x"), parallel)], Notes(), print)
+    learnt = {q.article for q in training.train + training.dev}
+    assert learnt and training.targets[1][1] == "de" and not learnt & {q.article for q in training.targets[1][3]}
+    mixed = [nli.Pair("a", str(i), ("entailment", "neutral", "contradiction")[i % 3]) for i in range(100)]
+    sets = [(DataSet("nli/x"), {"en": {"test": mixed}, "de": {"test": mixed[1:]}, "fr": {"test": mixed}})]
+    training, = run.assign("nli", sets, Notes(), print)
+    assert [t[1] for t in training.targets] == ["en", "fr"] and "translation" in notes[-1] and notes[-1].endswith(": de")
     with pytest.raises(ValueError, match="names no source"):
         run.assign("sts", [(DataSet("sts/x"), {"de": {"test": []}})], Notes(), print)
 
@@ -756,8 +766,8 @@ def test_the_spread_that_is_printed_is_that_of_paired_runs():
     cells = {"nli": {f"nli/x {code}": report.statistics.Cell(metrics.mean, *tables[:, i]) for i, code in enumerate(LANGUAGES)}}
     *_, last = report.verdict(cells, report.mean_scores(cells), [], 0)
     difference = (tables[0] - tables[1]).mean((2, 3)).T                      # [seed, language]
-    _, sd_language, sd_seed = report.statistics.effect_spread(difference)
-    assert f"{sd_language:.3f} between cells, {sd_seed:.3f} between seeds" in last
+    _, sd_language, sd_seed, sd_run = report.statistics.effect_spread(difference)
+    assert f"{sd_language:.3f} between cells, {sd_seed:.3f} between seeds, {sd_run:.3f} between seeds for all" in last
 
 
 def test_percentages_are_of_baselines_that_every_seed_reaches():

@@ -229,6 +229,24 @@ def test_power_is_the_size_without_an_effect():
     assert statistics.power(1, 0, 0, 6, 1) == 1 and statistics.power(0, 0, 0, 6, 1) == 0
 
 
+def test_what_all_languages_share_is_not_averaged_out_by_more_of_them():
+    """No effect, but models that differ by chance: the more languages, the surer the test is of it."""
+    alone, shared = (statistics.power(0, 0.02, 0.03, 12, 3, sd_run=run) for run in (0, 0.03))
+    assert alone < 0.06 and shared > 0.3
+    assert statistics.power(0, 0, 0, 12, 3, sd_run=1) > 0.95
+
+
+def test_parallel_examples_are_drawn_once():
+    """Two languages whose examples are the same know no more than one of them; drawn anew they would seem to."""
+    shift = np.random.default_rng(5).normal(size=(1, 40, 1))
+    spread = {}
+    for parallel in (None, "x"):
+        row = {code: statistics.Cell(metrics.mean, shift, 0 * shift, parallel) for code in ("de", "fr")}
+        spread[parallel] = statistics.bootstrap({"t": row}, 4000, relative=False, levels=("example",)).replicates.std()
+    assert spread["x"] == pytest.approx(shift.std() / 40 ** 0.5, rel=0.05)
+    assert spread[None] == pytest.approx(spread["x"] / 2 ** 0.5, rel=0.05)
+
+
 def test_power_counts_what_wilcoxon_rejects():
     """The same draws through the test itself."""
     differences = 0.7 + np.random.default_rng(0).standard_normal((500, 12))
@@ -260,7 +278,9 @@ def test_fewest_languages_and_seeds():
 def test_effect_spread_recovers_the_model():
     rng = np.random.default_rng(8)
     differences = 0.5 + 0.3 * rng.normal(size=(1, 4000)) + 0.8 * rng.normal(size=(5, 4000))
-    assert statistics.effect_spread(differences) == pytest.approx((0.5, 0.3, 0.8), abs=0.03)
+    assert statistics.effect_spread(differences) == pytest.approx((0.5, 0.3, 0.8, 0), abs=0.03)
+    differences = 0.5 + 0.3 * rng.normal(size=(1, 500)) + 0.8 * rng.normal(size=(500, 500)) + 0.4 * rng.normal(size=(500, 1))
+    assert statistics.effect_spread(differences) == pytest.approx((0.5, 0.3, 0.8, 0.4), abs=0.05)
     assert statistics.effect_spread([[1, 3], [3, 1]])[1] == 0  # all spread is the seeds'
     with pytest.raises(ValueError, match="at least 2 of each"):
         statistics.effect_spread([[1, 2, 3]])
