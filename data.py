@@ -216,6 +216,8 @@ def prepare(source, out, vocab_size=64000, tokenizer=None, languages=None, alpha
     partial = out.with_name(out.name + ".partial")
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation share is {validation_share}; it must be at least 0 and below 1")
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha is {alpha}; it must be 0 or more")
     if append and (tokenizer is not None or overwrite):
         raise ValueError("--append takes the tokenizer of the folder and replaces nothing; leave out --tokenizer and "
                          "--overwrite")

@@ -29,6 +29,8 @@ def write_atomically(path: os.PathLike | str, chunks) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say where it was
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

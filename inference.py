@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import BOS, EOS, FIRST_PIECE, MASK, encode_text, pack_sequences
+from launch import UserError
 from unibert import UniBERT, load_model, mean_pool, refusals
 from hub.vocabulary import load_vocabulary
 
@@ -109,13 +110,16 @@ def embed_stream(model: UniBERT, tokenizer, source, target, progress=lambda line
         progress(-count)
         np.lib.format.write_array_header_1_0(target, dict(
             descr="<f4", fortran_order=False, shape=(count, model.config.hidden_size)))
-        done = 0
+        done = wrong = 0
         while done < count:
             lines = [spool.readline()[:-1].decode("utf-8", "replace") for _ in range(min(WINDOW, count - done))]
+            wrong += sum("\ufffd" in line for line in lines)
             target.write(embed(model, tokenizer, lines, **options).numpy().astype("<f4").tobytes())
             done += len(lines)
             progress(len(lines))
         target.flush()
+    if wrong:
+        click.echo(f"warning: {wrong} of {count} lines held invalid UTF-8 (U+FFFD stands for it)", err=True)
     return count
 
 
@@ -178,7 +182,12 @@ def embed_command(folder, device, prefix, normalize):
             bar = click.progressbar(length=-lines, file=sys.stderr, hidden=not sys.stderr.isatty(), show_pos=True)
         else:
             bar.update(lines)
-    embed_stream(model, tokenizer, sys.stdin.buffer, sys.stdout.buffer, progress, prefix=prefix, normalize=normalize)
+    try:
+        embed_stream(model, tokenizer, sys.stdin.buffer, sys.stdout.buffer, progress, prefix=prefix, normalize=normalize)
+    except BrokenPipeError:  # whoever read the vectors has enough; click ends quietly
+        raise
+    except OSError as error:
+        raise UserError(f"standard output or {tempfile.gettempdir()}: {error.strerror}; the vectors are not whole") from None
     bar.render_finish()
 
 

@@ -73,6 +73,8 @@ def plan(model: UniBERTConfig, teacher: UniBERTConfig | None, *, gpus: int, gpu:
         raise ValueError(f"--gpu {gpu}: known are {', '.join(PEAK_FLOPS)}")
     if not 0 < tokens < float("inf"):
         raise ValueError(f"--tokens is {tokens:g}; it must be above 0")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu is {mfu:g}; it must be above 0, up to 1")
     if tokens_per_batch < gpus:
         raise ValueError(f"--tokens-per-batch {tokens_per_batch:,} leaves some of --gpus {gpus} without a token")
     embedding, rest = parameters(model)

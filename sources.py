@@ -65,6 +65,8 @@ def read_documents(path):
     ValueError for a document above DOCUMENT_LIMIT, as a file with a document a line would be."""
     lines, invalid, size = [], 0, 0
     with open(path, "rb") as file:
+        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path}: is UTF-16, not UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
         for line in file:
             size += len(line)
             if size > DOCUMENT_LIMIT:

@@ -42,8 +42,8 @@ from hub.reread import Reread, load_start, load_teacher
 from launch import (UserError, World, average_in_bfloat16, default_dtype, end_of_rank, keep_freed_memory, launch, leave_group,
                     tell_stopped)
 from objective import Objective, batch_counts
-from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, WITHOUT_TEACHER, TrainConfig, claimed, not_as_asked,
-                     rows_of, same_data, settle, write_settings)
+from options import (ATLAS_LANGUAGES, ATLAS_RECIPE, ATLAS_VOCABULARY, DISTILLATION, WITHOUT_TEACHER, TrainConfig, claimed,
+                     not_as_asked, rows_of, same_data, settle, write_settings)
 from plan import PEAK_FLOPS, flops_per_token, plan
 from unibert import LanguageDiscriminator, UniBERT, UniBERTConfig, language_directions, load_model, save_model
 from validation import evaluate, final_table, unigram_loss
@@ -592,6 +592,8 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
     The defaults below are those for --data; the atlas has a small recipe of its own (ATLAS_RECIPE in options.py).
     """
     if on_paper:
+        if options["data"]:
+            raise UserError("--plan reads no --data; give --vocab-size, which `data.py inspect` tells")
         return click.echo(paper_plan(options, gpus, gpu, tokens, vocab_size, mfu))
     if options["tensorboard"]:
         summary_writer()                                             # known now, not after the corpus is made
@@ -610,6 +612,9 @@ def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, v
             number += 1
             out = pathlib.Path(f"runs/atlas-{number}")
     settings = settle(options, given, pathlib.Path(out), resume, extend)
+    asked = [f"--{name.replace('_', '-')}" for name in DISTILLATION if name in given and options[name]]
+    if asked and not settings["teacher"] and not settings["teacher_steps"]:
+        raise UserError(f"{asked[0]} needs a teacher: give --teacher DIR, or --teacher-steps N to train one first")
     if nproc is None:
         nproc = max(1, torch.cuda.device_count() if settings["device"] != "cpu" else 1)
         if not settings["data"]:  # the atlas makes few rows: as many processes as can share them evenly

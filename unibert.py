@@ -449,7 +449,12 @@ def save_model(model: UniBERT, folder: os.PathLike | str, tokenizer: os.PathLike
     """Write config.json, model.safetensors and, when `tokenizer` names a SentencePiece model, tokenizer.model."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors({k: v.detach() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    try:
+        write_safetensors({k: v.detach() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    except OSError:
+        with contextlib.suppress(OSError):  # leave no empty folder
+            folder.rmdir()
+        raise
     if tokenizer is not None:
         write_atomically(folder / "tokenizer.model", [pathlib.Path(tokenizer).read_bytes()])
     write_atomically(folder / "config.json", [json.dumps(dataclasses.asdict(model.config), indent=1).encode() + b"\n"])

@@ -529,6 +529,9 @@ def test_duplicates_short_documents_and_invalid_utf8_are_counted(prepared, tmp_p
     assert entry["dropped"] == {"empty": 1, "duplicate": 2, "short": 1} and entry["invalid_utf8"] == 3
     assert entry["train"]["documents"] + entry["validation"]["documents"] == 31
     kept = documents(tmp_path / "d", "train", "en") + documents(tmp_path / "d", "validation", "en")
+    (folder / "en.txt").write_bytes("\n\n".join(good).encode("utf-16"))
+    refused = run("prepare", folder, "--out", tmp_path / "u", "--tokenizer", prepared / "tokenizer.model", "--workers", 1)
+    assert refused.exit_code == 2 and "is UTF-16" in refused.output and not list(tmp_path.glob("u*")), refused.output
     assert "the river runs \ufffd\ufffd down from old \ufffd green hills" in kept
 
 

@@ -134,7 +134,7 @@ def test_a_wordpiece_model_fills_masks_and_embeds(tmp_path):
 
 
 def shell(*arguments, text=""):
-    return subprocess.run([sys.executable, "unibert.py", *map(str, arguments)], cwd=REPO, input=text.encode(),
+    return subprocess.run([sys.executable, "unibert.py", *map(str, arguments)], cwd=REPO, input=text.encode(errors="surrogateescape"),
                           capture_output=True)
 
 
@@ -142,6 +142,12 @@ def test_from_the_shell(folder, tmp_path):
     done = shell("embed", "--model", folder, "--normalize", "--prefix", "the ", text="fox\ndog\n")
     assert done.returncode == 0 and not done.stderr, done.stderr
     vectors = np.load(io.BytesIO(done.stdout))
+    with open("/dev/full", "wb") as full:
+        failed = subprocess.run([sys.executable, "unibert.py", "embed", "--model", str(folder)], cwd=REPO, input=b"caf\xe9\n",
+                                stdout=full, stderr=subprocess.PIPE)
+    assert failed.returncode == 2 and b"No space left" in failed.stderr and failed.stderr.count(b"\n") == 1, failed.stderr
+    damaged = shell("embed", "--model", folder, text="caf\udce9\n")
+    assert damaged.returncode == 0 and b"1 of 1 lines held invalid UTF-8" in damaged.stderr, damaged.stderr
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     answer = CliRunner().invoke(inference.fill_mask_command, ["--model", str(folder), "--json", "--top", "2", "a [MASK] [MASK]"])
     found = json.loads(answer.output)

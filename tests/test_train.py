@@ -659,7 +659,10 @@ def test_bad_input_gets_one_line(finished_run, corpus, tmp_path, monkeypatch):
         (("--data", corpus.folder, "--out", tmp_path / "file" / "n"), "cannot be written (Not a directory)"),
         (("--out", broken, "--resume"), "does not hold the options of a run"),
         (("--plan", "--tokens", "nan"), "--tokens is nan"),
+        (("--plan", "--mfu", "nan"), "--mfu is nan"),
+        (("--plan", "--data", corpus.folder), "--plan reads no --data"),
         (("--plan", "--lr", "0"), "--lr is 0.0"),
+        (("--data", corpus.folder, "--out", tmp_path / "o", "--kd-sentence-weight", "1", "--teacher-steps", "0"), "needs a teacher"),
     ]
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # of this process
     for arguments, wanted in cases:
