@@ -95,7 +95,7 @@ def squad_normalise(text):
     return " ".join(_SQUAD_ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split())
 
 
-_MLQA_ARTICLES = {
+MLQA_ARTICLES = {
     "en": r"\b(a|an|the)\b",
     "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
     "vi": r"\b(của|là|cái|chiếc|những)\b",
@@ -113,12 +113,12 @@ def mlqa_normalise(text, language):
 
     As mlqa_evaluation_v1.py. Raises ValueError for a language that MLQA does not have.
     """
-    if language not in _MLQA_ARTICLES:
-        raise ValueError(f"MLQA has no normalisation for {language!r}, only for {', '.join(_MLQA_ARTICLES)}")
+    if language not in MLQA_ARTICLES:
+        raise ValueError(f"MLQA has no normalisation for {language!r}, only for {', '.join(MLQA_ARTICLES)}")
     text = "".join(c for c in text.lower()
                    if not unicodedata.category(c).startswith("P") and c not in string.punctuation)
-    if _MLQA_ARTICLES[language]:
-        text = re.sub(_MLQA_ARTICLES[language], " ", text)
+    if MLQA_ARTICLES[language]:
+        text = re.sub(MLQA_ARTICLES[language], " ", text)
     if language == "zh":
         text = re.sub("([\u4e00-\u9fa5])", r" \1 ", text)
     return " ".join(text.split())

@@ -25,6 +25,8 @@ LEAST = 6                 # sentences of a language that is measured
 SENTENCES = 150           # of each language at most; every third is for testing the probes
 TOTAL = 4000              # sentences of all languages, translations not counted: bounds the time of the probes
 STEPS = 150
+MEASURES = ("linear", "mlp", "centred", "between", "cka", "cka_chance", "retrieval", "retrieval_centred", "effective_rank",
+            "mean_cosine")   # of a layer; `between_chance` comes with them
 DRAWN = 12, 25            # languages and sentences of each on the map of the report page
 
 

@@ -193,7 +193,8 @@ def report_section(value):
             if "linear" in keys:
                 series["prior"] = [(i, found["prior"]) for i in range(len(layers))]
             yield lines(f"{title} ({name})", series, floor=min(0, min(y for points in series.values() for _, y in points)))
-        yield scatter("Sentences of the last layer, first two principal components", found["map"])
+        if "map" in found:                               # a compacted report has none
+            yield scatter("Sentences of the last layer, first two principal components", found["map"])
     if value["notes"]:
         yield "<p>Notes:</p><ul>" + "".join(f"<li>{html.escape(note)}" for note in value["notes"]) + "</ul>"
 

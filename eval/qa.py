@@ -74,7 +74,7 @@ def read(path, language):
                     continue
                 if not qa.get("answers"):
                     raise ValueError(f"{where_question} has no answer: a hidden test set cannot be scored")
-                answers = tuple(_answer(a, context, where_question) for a in qa["answers"])
+                answers = tuple(_answer(a, context, where_question) for a in _field(qa, "answers", list, where_question))
                 if any(a.start is None for a in answers):
                     wrong.append(id_)
                 spoken = language or tasks.SPELLED_OUT.get(id_.partition("-")[0])
@@ -191,6 +191,8 @@ class Spans(finetune.Task):
         """MLQA has its own normalisation, by language; all others have SQuAD's."""
         if "mlqa" not in name:
             return self, None
+        if language not in metrics.MLQA_ARTICLES:
+            return self, "MLQA has no normalisation for this language; scored with SQuAD's"
         other = copy.copy(self)
         other.normalise = lambda text: metrics.mlqa_normalise(text, language)
         return other, None

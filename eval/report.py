@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from eval import statistics, tasks
+from eval import neutrality, statistics, tasks
 from eval.run import ALSO, FORMAT, HEADS, SCORES
 from eval.tasks import language_code
 
@@ -39,13 +39,16 @@ def load(path):
                 raise ValueError(f"{where}: its examples give {again}, not the scores {cell['scores']}")
         needed = [(value, "data", "notes", "seconds"), (value["model"], "path", "parameters", "sha256"),
                   (value["settings"], "dtype", "device"),
-                  *((t, "task", "data", "source", "how", "examples", "steps", "batch", "seeds", "sweep", "share_of_test", "dev_examples")
-                    for t in value["training"]),
-                  *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values())]
+                  *((t, "task", "data", "source", "how", "examples", "steps", "steps_done", "stopped", "batch", "seeds", "sweep",
+                     "share_of_test", "dev_examples") for t in value["training"]),
+                  *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values()),
+                  *((layer, *neutrality.MEASURES, "between_chance") for found in value.get("neutrality", {}).values() for layer in found["layers"])]
         for part, *keys in needed:
             for key in keys:
                 part[key]                                                             # noqa: B018
         TRAINED[value["settings"].get("train_on", "source")]                          # noqa: B018
+        if not all(found["layers"] for found in value.get("neutrality", {}).values()):
+            raise ValueError("a neutrality without layers")
     except KeyError as error:
         raise ValueError(f"{path}: damaged report: no {error}") from None
     except (TypeError, AttributeError, ValueError) as error:

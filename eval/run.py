@@ -296,6 +296,12 @@ def assign(task, sets, report, say, train_on="source"):
         for name, code, split, examples in [(t.data, t.source, "dev", t.dev), *t.targets]:
             if reason := HEADS[task].mismatch(t.train, examples):
                 raise ValueError(f"{name}: {code} {split} cannot be scored after training on {t.data} {t.source}: {reason}")
+    for t in trainings:
+        if not t.targets and any(other.targets for other in trainings):
+            report.note(f"{t.data}: {t.source}: left out: nothing to score beside what it would be trained on", say)
+    trainings = [t for t in trainings if t.targets]
+    if not trainings:
+        raise ValueError(f"{task}: nothing to score beside the training data; add a test split, or another language")
     return trainings
 
 

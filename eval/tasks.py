@@ -27,7 +27,7 @@ TASKS = ("ner", "nli", "qa", "sts", "retrieval")           # by name: `--help` i
 SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
           "test": "test"}
 # Two- and three-letter words in public file names that are not languages.
-NOT_LANGUAGES = {"ner", "nli", "qa", "sts", "all", "raw", "txt", "tsv", "csv", "iob", "bio", *SPLITS}
+NOT_LANGUAGES = {"of", "set", "hub", "ner", "nli", "qa", "sts", "all", "raw", "txt", "tsv", "csv", "iob", "bio", *SPLITS}
 # A language: two or three letters, or more of a Wikipedia code or script (zh-min-nan, be-tarask, zh-hans).
 CODE = re.compile("[a-z]{2,3}(-([a-z]{1,3}|hans|hant|latn|cyrl|arab|classical|tarask))*")
 SPELLED_OUT = {"arabic": "ar", "bengali": "bn", "chinese": "zh", "english": "en", "finnish": "fi", "french": "fr",
@@ -259,9 +259,11 @@ def _csv_rows(path):
 
 def _tsv_rows(path):
     text = read_text(path)
+    literal = [(line, row.rstrip("\r").split("\t")) for line, row in enumerate(text.split("\n"), 1) if row.strip()]
     rows = _quoted_tsv(text) if '"' in text else None
-    return rows or [(line, row.rstrip("\r").split("\t")) for line, row in enumerate(text.split("\n"), 1)
-                    if row.strip()]
+    # A field of several lines, where each line is a row by itself: two stray quotes with whole rows between them.
+    stray = rows and len(rows) < len(literal) and len({len(row) for _, row in literal}) == 1
+    return literal if stray else rows or literal
 
 
 _QUOTED_FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"\t\r\n]*))(\t|\r?\n|$)')

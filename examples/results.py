@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import ablate, report, run  # noqa: E402
+from eval import ablate, neutrality, report, run  # noqa: E402
 from inference import embed, load  # noqa: E402
 from files import write_atomically  # noqa: E402
 
 NAMES = ("mlm", "adversary", "distillation", "all")
-MEASURES = ("linear", "mlp", "centred", "between", "cka", "cka_chance", "retrieval", "retrieval_centred", "effective_rank", "mean_cosine")
 
 
 def students(folder):
@@ -107,11 +106,11 @@ def page(folder, facts):
                 f"linear, mlp: how often a probe names the language (a guess: {prior:.1%}); centred: with each language's mean subtracted. between: share "
                 "of the variance between languages. cka, cka_chance: of translations, and of shuffled ones. retrieval: among fewer candidates than "
                 "above. mean_cosine: near 1, the vectors have collapsed (eval/neutrality.py).", "",
-                "| | " + " | ".join(("data", *MEASURES)) + " |", "|---|---|" + "---:|" * len(MEASURES))
+                "| | " + " | ".join(("data", *neutrality.MEASURES)) + " |", "|---|---|" + "---:|" * len(neutrality.MEASURES))
     for name in ("teacher", *names):
         for data, value in reports[name]["neutrality"].items():
             last = value["layers"][-1]
-            yield f"| {name} | {data} | " + " | ".join(f"{last[key]:.3f}" for key in MEASURES) + " |"
+            yield f"| {name} | {data} | " + " | ".join(f"{last[key]:.3f}" for key in neutrality.MEASURES) + " |"
     yield from ("", *(("#" + line if line.startswith("#") else line).replace("Ablation", "The ladder").replace("/report.json", ".json")
                       for line in ablate.table({name: reports[name] for name in NAMES}, [
                           "All four start from the same pruned layers and the same embeddings of the teacher and read the same "

@@ -527,6 +527,11 @@ def test_training_data_are_found_or_made():
     sets = [(DataSet("nli/x"), {"en": {"test": mixed}, "de": {"test": mixed[1:]}, "fr": {"test": mixed}})]
     training, = run.assign("nli", sets, Notes(), print)
     assert [t[1] for t in training.targets] == ["en", "fr"] and "translation" in notes[-1] and notes[-1].endswith(": de")
+    alone = [(DataSet("nli/x"), {"en": {"train": mixed}})]
+    with pytest.raises(ValueError, match="nothing to score"):
+        run.assign("nli", alone, Notes(), print)
+    training, = run.assign("nli", [*alone, (DataSet("nli/y"), {"de": {"test": mixed}})], Notes(), print)
+    assert [t[:2] for t in training.targets] == [("nli/y", "de")]
     with pytest.raises(ValueError, match="names no source"):
         run.assign("sts", [(DataSet("sts/x"), {"de": {"test": []}})], Notes(), print)
 
@@ -703,6 +708,9 @@ def test_compare_prints_and_reads_what_is_there(reports, tmp_path):
     (lambda v: v["cells"][0]["scores"].__setitem__(0, 0.5), "not the scores [0.5"),
     (lambda v: v.update(cells=3), "not iterable"),
     (lambda v: v.update(neutrality={"retrieval/x": {"layers": []}}), "no 'languages'"),
+    (lambda v: v.update(neutrality={"retrieval/x": {"layers": [], "languages": ["en"], "prior": 1}}), "without layers"),
+    (lambda v: v.update(neutrality={"retrieval/x": {"layers": [{}], "languages": ["en"], "prior": 1}}), "no 'linear'"),
+    (lambda v: v["training"][0].pop("stopped"), "no 'stopped'"),
 ])
 def test_damaged_reports_are_refused(reports, tmp_path, spoil, words):
     value = json.loads(reports[0].read_text())
