@@ -140,6 +140,8 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device; use --device cpu")
+    if like and like["settings"].get("order") != "drawn":
+        raise ValueError("--like: that report scored the first rows of each split, before splits were drawn; evaluate its model again")
     if like and like["settings"].get("train_on", "source") != train_on:
         raise ValueError(f"--like: that report was made with --train-on {like['settings'].get('train_on', 'source')}")
     model = load_model(model_folder, device)
@@ -150,7 +152,8 @@ def run(model_folder, data, names, out, prefix="", seeds=3, limit=None, budget=N
     dtype = {"auto": default_dtype(device), "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     report = Report(model_folder, model, {
         "tasks": names, "prefix": prefix, "seeds": seeds, "limit": limit, "budget": budget, "device": device,
-        "train_on": train_on, "like": like and like["model"]["sha256"], "dtype": str(dtype).removeprefix("torch.")})
+        "train_on": train_on, "like": like and like["model"]["sha256"], "dtype": str(dtype).removeprefix("torch."),
+        "order": "drawn"})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         loaded = {name: load(data, name, limit) for name in names if name in MODULES}   # bad input ends it here
