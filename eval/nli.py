@@ -47,7 +47,7 @@ def read(path, language):
             if not (row[column] or "").strip():
                 raise ValueError(f"{path}:{line}: no {column}")
         label = row["label"].strip().lower()
-        pairs.append((row.get("language") or language,
+        pairs.append((tasks.spoken(row) or language,
                       Pair(row["premise"].strip(), row["hypothesis"].strip(), SPELLINGS.get(label, label))))
     if len(pairs) >= 10 and len({pair.label for _, pair in pairs}) == 1:
         raise ValueError(f"{path}: all {len(pairs)} labels are {pairs[0][1].label!r}: "

@@ -52,7 +52,7 @@ def read(path, language):
             if not (row[column] or "").strip():
                 raise ValueError(f"{path}:{line}: no {column}")
         pair = Pair(row["sentence1"].strip(), row["sentence2"].strip(), score)
-        pairs.append((row.get("language") or language, pair))
+        pairs.append((tasks.spoken(row) or language, pair))
     if len(pairs) >= 2 and len({pair.score for _, pair in pairs}) == 1:
         raise ValueError(f"{path}: all {len(pairs)} scores are {pairs[0][1].score:g}: nothing to correlate with")
     yield from pairs

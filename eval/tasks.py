@@ -28,6 +28,8 @@ SPLITS = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "va
           "test": "test"}
 # Two- and three-letter words in public file names that are not languages.
 NOT_LANGUAGES = {"of", "set", "hub", "ner", "nli", "qa", "sts", "all", "raw", "txt", "tsv", "csv", "iob", "bio", *SPLITS}
+# Words that are codes too (Burmese, Maltese, Newari): a language only where they stand between dots, as in my.test.tsv.
+AMBIGUOUS = {"my", "mt", "new"}
 # A language: two or three letters, or more of a Wikipedia code or script (zh-min-nan, be-tarask, zh-hans).
 CODE = re.compile("[a-z]{2,3}(-([a-z]{1,3}|hans|hant|latn|cyrl|arab|classical|tarask))*")
 SPELLED_OUT = {"arabic": "ar", "bengali": "bn", "chinese": "zh", "english": "en", "finnish": "fi", "french": "fr",
@@ -126,7 +128,7 @@ def parse_name(name):
     split = next((SPLITS[w] for w in words if w in SPLITS), None)
     for separators in ("[.]", "[._]", "[-._]"):
         for word in re.split(separators, name.lower()):
-            if _language(word):
+            if _language(word) and (separators == "[.]" or word not in AMBIGUOUS):
                 return _language(word), split
     return None, split
 
@@ -149,19 +151,22 @@ def collect(folder, suffixes, read, splits=None, parse=parse_name):
     read(path, language) yields (language, example) in file order; `language` is what the names say, or None.
     The suffix "" stands for files that are only named after a split (en/train). `parse` is for names of other
     kinds; it returns (False, None) for a file to leave out. Raises ValueError (one line, with the file) for
-    no data, an empty file, no language, or two files for one split.
+    no data, an empty file, no language or two, or two files for one split.
     """
     folder, found, origin = Path(folder), {}, {}
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not NOT_DATA.search(p.name)
              and p.suffix.lower() in suffixes and (p.suffix or p.name in SPLITS)]
     for path in paths:
-        language, split = None, None
         *folders, name = path.relative_to(folder).parts
-        for said in [*map(_parse_folder, folders), parse(name)]:          # the file's own name has the last word
-            language, split = said[0] if said[0] is not None else language, said[1] or split
+        language, split = parse(name)
         if language is False:
             continue
-        split = split or "test"
+        around = [_parse_folder(part) for part in reversed(folders)]      # the innermost first
+        outer = next((code for code, _ in around if code), None)
+        if outer and language in name.lower().split(".") and language_code(language) != language_code(outer):
+            raise ValueError(f"{path}: the folder says the language is {outer}, the name {language}; rename one of them")
+        language = outer or language                       # any short word in a name may look like a language
+        split = split or next((s for _, s in around if s), "test")
         split = (splits or {}).get(split, split)
         count = 0
         for language_of, example in read(path, language):
@@ -178,6 +183,11 @@ def collect(folder, suffixes, read, splits=None, parse=parse_name):
     if not found:
         raise ValueError(f"{folder}: no data file ({', '.join(s for s in suffixes if s)})")
     return found
+
+
+def spoken(row):
+    """What the language column of a row says, as file names are read ("EN " is en); "" for nothing."""
+    return (row.get("language") or "").strip().lower()
 
 
 def language_code(code):

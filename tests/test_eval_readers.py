@@ -45,6 +45,8 @@ def squad(*questions, context="Paris is in France."):
     ("tydiqa-goldp-v1.1-train.json", (None, "train")), ("tydiqa.goldp.bn.dev.json", ("bn", "dev")),
     ("zh-min-nan.test.tsv", ("zh-min-nan", "test")), ("xquad.zh-Hans.json", ("zh-hans", None)),
     ("my_data.en.test.tsv", ("en", "test")), ("mt.test.tsv", ("mt", "test")), ("train_en.tsv", ("en", "train")),
+    ("my_data.tsv", (None, None)), ("stsb_mt_de.csv", ("de", None)), ("my.test.tsv", ("my", "test")),
+    ("test-00000-of-00001.jsonl", (None, "test")),
 ])
 def test_parse_name(name, expected):
     assert tasks.parse_name(name) == expected
@@ -95,6 +97,16 @@ def test_every_reader_refuses(tmp_path, load, name, text):
     (tmp_path / "who" / f"data{suffix}").rename(tmp_path / "who" / f"de{suffix}")
     (tmp_path / "who" / f"de{suffix}").write_bytes(b"caf\xe9")
     refuse(load, tmp_path / "who", f"de{suffix}", "not UTF-8", "byte 3")
+
+
+def test_a_folder_that_is_a_language_has_the_last_word(tmp_path):
+    row = "a\tb\tneutral\nc\td\tentailment\n"
+    data = nli.load(write(tmp_path / "a", {"en/test-00000-of-00001.tsv": row, "de/xnli_old.dev.tsv": row, "my/dev/all.tsv": row,
+                                           "sw/swa.test.tsv": row}))
+    assert {code: list(splits) for code, splits in data.items()} == {"en": ["test"], "de": ["dev"], "my": ["dev"], "sw": ["test"]}
+    refuse(nli.load, write(tmp_path / "b", {"new/en.test.tsv": row}), "en.test.tsv", "folder says the language is new, the name en")
+    column = "sentence1\tsentence2\tlabel\tlanguage\na\tb\tneutral\tEN\nc\td\tentailment\ten \n"
+    assert len(nli.load(write(tmp_path / "c", {"test.tsv": column}))["en"]["test"]) == 2
 
 
 # ---- NER ----------------------------------------------------------------------------------------------------
