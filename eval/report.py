@@ -21,8 +21,8 @@ TRAINED = {"source": "the source language (others are zero-shot)", "target": "ea
 
 
 def load(path):
-    """The report in a file. Raises ValueError with the file for anything else, for one that lacks a part, and for
-    cells that do not give the score that is written beside them."""
+    """The report in a file. Raises ValueError with the file for anything else, for one that lacks a part or has
+    another kind of value there, and for cells that do not give the score that is written beside them."""
     value = tasks.read_json(path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{path}: not a report of `python -m eval run` ({FORMAT})")
@@ -37,15 +37,24 @@ def load(path):
             again = [float(score(*seed.T)) for seed in examples]
             if not np.allclose(again, cell["scores"], atol=1e-9):
                 raise ValueError(f"{where}: its examples give {again}, not the scores {cell['scores']}")
-        needed = [(value, "data", "notes", "seconds"), (value["model"], "path", "parameters", "sha256"),
-                  (value["settings"], "dtype", "device"),
-                  *((t, "task", "data", "source", "how", "examples", "steps", "steps_done", "stopped", "batch", "seeds", "sweep",
-                     "share_of_test", "dev_examples") for t in value["training"]),
-                  *((found, "layers", "languages", "prior") for found in value.get("neutrality", {}).values()),
-                  *((layer, *neutrality.MEASURES, "between_chance") for found in value.get("neutrality", {}).values() for layer in found["layers"])]
-        for part, *keys in needed:
-            for key in keys:
-                part[key]                                                             # noqa: B018
+        number = (int, float)
+        measured = value.get("neutrality", {}).values()
+        needed = [(value, {"data": dict, "notes": list, "seconds": number}),
+                  (value["model"], {"path": str, "parameters": number, "sha256": str}),
+                  (value["settings"], dict.fromkeys(("dtype", "device"), str)),
+                  *((cell, dict.fromkeys(("data", "language"), str)) for cell in value["cells"]),
+                  *((t, dict.fromkeys(("task", "data", "source", "how"), str)
+                     | dict.fromkeys(("examples", "dev_examples", "steps", "batch", "share_of_test"), number)
+                     | {"steps_done": list, "stopped": list, "seeds": list, "sweep": dict}) for t in value["training"]),
+                  *((found, {"layers": list, "languages": list, "prior": number}) for found in measured),
+                  *((layer, dict.fromkeys((*neutrality.MEASURES, "between_chance", *layer), number))
+                    for found in measured for layer in found["layers"])]
+        for part, kinds in needed:
+            for key, kind in kinds.items():
+                if not isinstance(part[key], kind):
+                    raise ValueError(f"{key} is {part[key]!r:.60}")
+        if not all(isinstance(note, str) for note in value["notes"]):
+            raise ValueError("a note that is no text")
         TRAINED[value["settings"].get("train_on", "source")]                          # noqa: B018
         if not all(found["layers"] for found in value.get("neutrality", {}).values()):
             raise ValueError("a neutrality without layers")

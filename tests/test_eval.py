@@ -711,6 +711,10 @@ def test_compare_prints_and_reads_what_is_there(reports, tmp_path):
     (lambda v: v.update(neutrality={"retrieval/x": {"layers": [], "languages": ["en"], "prior": 1}}), "without layers"),
     (lambda v: v.update(neutrality={"retrieval/x": {"layers": [{}], "languages": ["en"], "prior": 1}}), "no 'linear'"),
     (lambda v: v["training"][0].pop("stopped"), "no 'stopped'"),
+    (lambda v: v["training"][0].update(stopped=None), "stopped is None"),
+    (lambda v: v["model"].update(parameters="many"), "parameters is 'many'"),
+    (lambda v: v["neutrality"]["retrieval/atlas"]["layers"][0].update(cka="x"), "cka is 'x'"),
+    (lambda v: v.update(notes=[5]), "a note that is no text"),
 ])
 def test_damaged_reports_are_refused(reports, tmp_path, spoil, words):
     value = json.loads(reports[0].read_text())
