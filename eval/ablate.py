@@ -141,7 +141,7 @@ class Ladder:
         self.out, self.say, self.config = out, say, asked["config"]
         self.began, self.budget = time.monotonic(), asked["budget"]
         path = out / "ablation.json"
-        self.state = tasks.read_json(path) if path.is_file() else {"asked": asked, "plan": None, "notes": []}
+        self.state = read_state(path, asked) if path.is_file() else {"asked": asked, "plan": None, "notes": []}
         changed = [key for key in asked if self.state["asked"][key] != asked[key]]
         if changed:
             raise ValueError(f"{out} holds a ladder with another {', '.join(changed)}; choose another --out")
@@ -306,6 +306,20 @@ class Ladder:
                f"{config.get('tokens_per_batch', 65536):,} tokens on every rung, the same initial weights and data order), "
                f"then one fine-tuning run a task with seed s. One teacher for all ({teacher}; its cost is not counted).")
         yield from ("", *(f"- {note}" for note in self.state["notes"])) if self.state["notes"] else ()
+
+
+def read_state(path, asked):
+    """ablation.json of a ladder to go on with. Raises ValueError with the file for anything else."""
+    state = tasks.read_json(path)
+    try:
+        plan = state["plan"]
+        counts = [plan[key] for key in ("steps", "teacher_steps", "seeds")] if plan else []
+        whole = set(state["asked"]) >= set(asked) and isinstance(state["notes"], list) and all(type(n) is int for n in counts)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not what a ladder wrote there; choose another --out")
+    return state
 
 
 def python(arguments, log, threads=None):

@@ -216,6 +216,18 @@ def test_a_config_that_is_none(tmp_path):
         assert result.exit_code == 2 and "config.json" in result.output and result.output.count("\n") == 1
 
 
+@pytest.mark.parametrize("text, said", [
+    ("{", "not JSON"), ("[]", "not what a ladder wrote"), ('{"asked": {}}', "not what a ladder wrote"),
+    ('{"asked": {}, "plan": null, "notes": []}', "not what a ladder wrote"),
+    ('{"asked": {"config": 1, "tasks": 1, "seeds": 1, "limit": 1, "budget": 1}, "plan": {"steps": 1}, "notes": []}', "not what a ladder"),
+    ('{"asked": {"config": 1, "tasks": 1, "seeds": 1, "limit": 1, "budget": 1}, "plan": null, "notes": []}', "another config"),
+])
+def test_a_folder_with_another_ablation_json(folder, tmp_path, text, said):
+    (tmp_path / "ablation.json").write_text(text)
+    result = command("--config", folder / "config.json", "--out", tmp_path)
+    assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1, result.output
+
+
 def test_train_ablate_refuses_alike(tmp_path):
     result = CliRunner().invoke(train.main, ["--ablate", "--steps", "0", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "--steps is 0" in result.output and not (tmp_path / "out").exists()
