@@ -680,6 +680,15 @@ def test_the_same_plan_gives_the_same_scores(reports):
     assert [c["examples"] for c in a["cells"]] == [c["examples"] for c in b["cells"]]
 
 
+def test_like_a_report_of_before_splits_were_drawn_is_refused(reports, folder, tmp_path):
+    value = json.loads(reports[0].read_text())
+    assert value["settings"].pop("order") == "drawn"
+    (tmp_path / "old.json").write_text(json.dumps(value))
+    done = command("run", "--model", folder / "model", "--data", folder / "eval", "--like", tmp_path / "old.json", "--out", tmp_path / "x.json")
+    assert done.exit_code == 2 and "before splits were drawn" in done.output and done.output.count("\n") == 1, done.output
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_compare_prints_and_reads_what_is_there(reports, tmp_path):
     same = command("compare", *reports)
     assert same.exit_code == 0 and "**+0.00%**" in same.output and "Wilcoxon p = 1" in same.output
