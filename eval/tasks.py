@@ -16,6 +16,7 @@ DIR/tasks.json is optional and says what names cannot (`python -m eval prepare` 
 source: the language to train on. splits: other names for the splits. folder: where the data set is, from
 tasks.json.
 """
+import bisect
 import csv
 import io
 import json
@@ -271,9 +272,19 @@ def _tsv_rows(path):
     text = read_text(path)
     literal = [(line, row.rstrip("\r").split("\t")) for line, row in enumerate(text.split("\n"), 1) if row.strip()]
     rows = _quoted_tsv(text) if '"' in text else None
-    # A field of several lines, where each line is a row by itself: two stray quotes with whole rows between them.
-    stray = rows and len(rows) < len(literal) and len({len(row) for _, row in literal}) == 1
-    return literal if stray else rows or literal
+    return literal if rows and _has_stray_quotes(rows, literal) else rows or literal
+
+
+def _has_stray_quotes(rows, literal):
+    """Is there a row of several lines whose first and last line are whole rows by themselves? Then the quotes that hold
+    it together are two stray ones, with rows between them that would be lost."""
+    fields = [(line, len(row)) for line, row in literal]
+    for (start, row), (end, _) in zip(rows, [*rows[1:], (fields[-1][0] + 1, None)]):
+        first = bisect.bisect_left(fields, (start,))
+        last = bisect.bisect_left(fields, (end,)) - 1
+        if last > first and fields[first][1] == fields[last][1] == len(row):
+            return True
+    return False
 
 
 _QUOTED_FIELD = re.compile(r'(?:"((?:[^"]|"")*)"|([^"\t\r\n]*))(\t|\r?\n|$)')

@@ -256,6 +256,8 @@ def test_tsv_quotes_are_syntax_only_if_the_whole_file_keeps_to_them(tmp_path):
     refuse(sts.load, write(tmp_path / "c", {"en.tsv": '"A\nb"\t"C"\t1\nD\tE\tx\n'}), "en.tsv:3", "'x' is not a number")
     stray = write(tmp_path / "s", {"en.tsv": '"Come here\tb\t1\nc\td\t2\nand leave me."\tf\t3\n'})   # as quotes: one row
     assert [pair.sentence1 for pair in sts.load(stray)["en"]["test"]] == ['"Come here', "c", 'and leave me."']
+    short = write(tmp_path / "s2", {"en.tsv": '"Come here\tb\t1\nc\td\nand leave me."\tf\t3\n'})      # not swallowed: told
+    refuse(sts.load, short, "en.tsv:2", "2 fields instead of 3")
     literal = write(tmp_path / "d", {"en.tsv": '"A\tb\t1\nc\td"\t2\nE\tF\t3\n'})      # as quotes: 2 fields, then 3
     assert sts.load(literal)["en"]["test"][:2] == [sts.Pair('"A', "b", 1.0), sts.Pair("c", 'd"', 2.0)]
     literal = write(tmp_path / "b", {"en.tsv": '"A" he said.\t"B"\t1\n"C\tD "e"\t2\n'})
