@@ -275,6 +275,8 @@ def test_mlqa_has_its_own_normalisation_and_goes_to_other_processes(tokenizer):
     for name, language, scores in (("qa/mlqa", "de", [1, 1]), ("qa/mlqa", "en", [0, 2 / 3]), ("qa/xquad", "de", [0, 2 / 3])):
         assert task.target(name, language, questions)[0].columns(questions, items, outputs)[0].tolist() == scores
     assert task.normalise is metrics.squad_normalise                              # for the next seed's dev
+    as_scored, note = task.target("qa/mlqa", "fr", questions)                     # MLQA has no French
+    assert as_scored.normalise is metrics.squad_normalise and "no normalisation for this language" in note
 
 
 def test_dev_is_scored_alike_for_all_seeds(model, tokenizer, monkeypatch):
@@ -893,6 +895,12 @@ def test_the_page_shows_runs_and_reports_and_needs_nothing_else(reports, tmp_pat
     assert "<script" not in text and "http" not in text.replace("http-equiv", "") and " src=" not in text
     assert all(part in text for part in ("Han", "5.125", "5.875", "6.25", "nli/atlas: accuracy", "Language probes"))
     assert ">nan<" not in text and text.count("<svg") == text.count("</svg>") >= 15
+    value = json.loads(reports[0].read_text())
+    del value["neutrality"]["retrieval/atlas"]["map"]                      # as in the reports of examples/
+    (tmp_path / "compact.json").write_text(json.dumps(value))
+    done = command("report", tmp_path / "compact.json", "--out", tmp_path / "page.html")
+    assert done.exit_code == 0 and "Language probes" in (text := (tmp_path / "page.html").read_text()), done.output
+    assert "principal components" not in text
     (tmp_path / "empty").mkdir()
     done = command("report", tmp_path / "empty", "--out", tmp_path / "no.html")
     assert done.exit_code == 2 and "no metrics.jsonl" in done.output and not (tmp_path / "no.html").exists()

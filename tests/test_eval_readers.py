@@ -228,10 +228,11 @@ def test_qa_bad_input(tmp_path):
         assert len(qa.load(write(tmp_path / "a", {"en.json": hidden}))["en"]["test"]) == 1
     hidden["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = True
     refuse(qa.load, write(tmp_path / "a", {"en.json": hidden}), "all 2 questions are marked is_impossible")
+    hidden["data"][0]["paragraphs"][0]["qas"][1] |= {"answers": 5, "is_impossible": False}
     for value, words in [("[]", ["not SQuAD 1.1"]), ('{"data": [{}]}', ["article 0", "no 'paragraphs'"]),
                          ('{"data": [{"paragraphs": [{"qas": []}]}]}', ["article 0, paragraph 0", "no 'context'"]),
                          ('{"data": []}', ["empty"]), ('{"data":\n [}', ["en.json:2", "not JSON"]),
-                         (squad(("1", " ", 5)), ["question 1 has an empty answer"])]:
+                         (squad(("1", " ", 5)), ["question 1 has an empty answer"]), (hidden, ["question 2", "no 'answers'"])]:
         refuse(qa.load, write(tmp_path / "b", {"en.json": value}), "en.json", *words)
 
 
