@@ -240,7 +240,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], target: Tensor, 
 @_forward.register_fake
 def _(x, weight, bias, target, teacher_x, teacher_weight, teacher_bias, temperature, ignore_index, dtype, backend,
       save):
-    (rows, vocabulary), wide = (len(x), len(weight)), wide_dtype(dtype)
+    rows, vocabulary, wide = x.shape[0], weight.shape[0], wide_dtype(dtype)    # len() would make a number of a symbolic size
     chunks = len(vocabulary_chunks(rows, vocabulary, backend, dtype)) if backend == "torch" else 0
     return (x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide),
             x.new_empty(3 + 3 * chunks, rows, dtype=wide),

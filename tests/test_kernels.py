@@ -53,6 +53,22 @@ def test_compiles_as_one_graph(backend, device, dtype):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_another_number_of_rows_compiles_once(backend):
+    """Then it is a symbol. torch gives up with an error after eight graphs."""
+    w, teacher = torch.randn(600, 16), (torch.randn(600, 8), None)
+    losses = {"cross-entropy": lambda x, y: linear_cross_entropy(x, w, None, y, backend=backend).sum(),
+              "distillation": lambda x, y: sum(linear_distillation(x, w, None, y, x[:, :8], *teacher, backend=backend)).sum()}
+    for name, loss in losses.items():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        for n in (16, 24, 32):
+            x, y = torch.randn(n, 16, requires_grad=True), torch.randint(600, (n,))
+            torch.testing.assert_close(compiled(x, y), loss(x, y))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, name
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_compile_takes_a_whole_step_once(backend):
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
