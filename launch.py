@@ -87,8 +87,9 @@ def keep_freed_memory() -> None:
 def end_of_rank(error: Exception) -> None:
     """Turn an error of one rank into its exit. Called in an `except` block.
 
-    Bad input fails on all ranks of a machine alike, and the first there says it; another one speaks where it is alone. A lost connection means that another rank died, and
-    the launcher says which. What the system refused (OSError) is said in one line, exit code 1. Anything else is raised again.
+    Bad input fails on all ranks of a machine alike, and the first there says it; another one speaks where it is alone. A lost
+    connection means that another rank died, and the launcher says which. What the system refused (OSError) is said in one line,
+    exit code 1. Anything else is raised again.
     """
     if isinstance(error, (ValueError, click.ClickException)):
         if os.environ.get("LOCAL_RANK", "0") != "0":

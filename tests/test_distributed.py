@@ -143,6 +143,27 @@ def test_a_stop_that_was_cut_off_is_none(tmp_path, needed, code):
     assert process.returncode == code and said.count("nothing was saved") == code, said
 
 
+ALONE = """
+import os, sys, time
+from launch import end_of_rank
+try:
+    if os.environ["RANK"] == "1":
+        raise ValueError("this batch is mine alone")
+    time.sleep(60)
+except ValueError as error:
+    end_of_rank(error)
+"""
+
+
+def test_a_rank_that_fails_alone_says_so(tmp_path):
+    (tmp_path / "alone.py").write_text(ALONE)
+    call = f"from launch import launch; import sys; sys.exit(launch({str(tmp_path / 'alone.py')!r}, 2, []))"
+    done = subprocess.run([sys.executable, "-c", call], cwd=REPO, capture_output=True, text=True, timeout=60,
+                          env=dict(os.environ, PYTHONPATH=str(REPO), TMPDIR=str(tmp_path)))
+    assert done.returncode == 2 and done.stderr.count("Error: rank 1: this batch is mine alone") == 1, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["alone.py"]          # no log folder of torch's is left
+
+
 def test_a_step_and_its_checkpoint_may_take_an_hour(monkeypatch):
     for name in ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "OMP_NUM_THREADS", STOPPED):  # so that what launch sets is undone
         monkeypatch.setenv(name, "")
