@@ -300,12 +300,13 @@ def slot_probabilities(corpus, probabilities, config):
     cap in tokens would not hold. What counts is the length that is left of a sequence in its row: the last one is
     cropped, and a long one more often. Where a row holds a few sequences, that is much. [languages] -> float64 [languages].
     """
-    lengths, p = corpus.lengths(config.max_length), np.asarray(probabilities, np.float64)
-    if p.shape != lengths.shape[:1] or not np.all(p >= 0) or not p.sum() > 0 or np.any((p > 0) & ~lengths.any(1)):
-        raise ValueError(f"probabilities must be non-negative, one for each of the corpus' {len(lengths)} languages, "
-                         f"and 0 for languages with no text in split {corpus.split!r}")
+    p = np.asarray(probabilities, np.float64)
     key = config.max_length, config.row_tokens, p.tobytes()
-    if key not in corpus._slots:
+    if key not in corpus._slots:                             # asked once a micro-batch, and the same for a whole run
+        lengths = corpus.lengths(config.max_length)
+        if p.shape != lengths.shape[:1] or not np.all(p >= 0) or not p.sum() > 0 or np.any((p > 0) & ~lengths.any(1)):
+            raise ValueError(f"probabilities must be non-negative, one for each of the corpus' {len(lengths)} languages, "
+                             f"and 0 for languages with no text in split {corpus.split!r}")
         left = np.arange(config.max_length + 1.0)            # of a sequence of each length; at first the whole
         for _ in range(8):                                   # q depends on what is left, and that on q: converges fast
             q = np.divide(p, lengths @ left, out=np.zeros_like(p), where=p > 0)

@@ -200,22 +200,24 @@ class Run:
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """This process's share of the global batch of `step`, in micro-batches."""
         share = self.rows // self.world.size
-        first, size = self.world.rank * share, self.micro_batch_rows()
+        first, (size, _) = self.world.rank * share, self.micro_batch_rows()
         batches = [packed_batch(self.corpus, self.probabilities, self.batch_config, self.config.seed, step,
                                 range(first + i, first + i + size)) for i in range(0, share, size)]
         return [b.pin_memory() for b in batches] if self.device.type == "cuda" else batches
 
-    def micro_batch_rows(self) -> int:
-        """Rows of a micro-batch: as many as --micro-batch-tokens holds, but all alike, so that nothing recompiles."""
+    def micro_batch_rows(self) -> tuple[int, int]:
+        """Rows of a micro-batch, all alike, so that nothing recompiles; and how many --micro-batch-tokens would hold."""
         share = self.rows // self.world.size
         most = max(1, min(share, self.config.micro_batch_tokens // self.batch_config.row_tokens))
-        return next(size for size in range(most, 0, -1) if share % size == 0)
+        return next(size for size in range(most, 0, -1) if share % size == 0), most
 
     def study_teacher(self) -> None:
         """What is to be known of the teacher's vectors before the first step: where its languages lie (--kd-neutral), and texts to
         compare with (--kd-anchors). It comes from the first texts of training: the same in all processes and after a resume,
         which a queue of recent ones would not be."""
         config, objective = self.config, self.objective
+        if objective.teacher is None:
+            return
 
         def read(probabilities: np.ndarray, count: int) -> torch.Tensor:
             """The first `count` texts of such a mixture of languages -> [count, H'] fp32."""
@@ -228,13 +230,13 @@ class Run:
                 number += 1
             return torch.cat(vectors)[:count].float()
 
-        if config.kd_neutral and objective.teacher is not None:
+        if config.kd_neutral:
             known = np.flatnonzero(self.probabilities)
             self.world.say(f"the teacher reads {TEXTS_OF_A_LANGUAGE} texts of each of {len(known)} languages")
             one = np.eye(len(self.probabilities))
             means = torch.stack([read(one[language], TEXTS_OF_A_LANGUAGE).mean(0) for language in known])
             objective.centre, objective.directions = means.mean(0), language_directions(means, config.kd_neutral)
-        if config.kd_anchors and objective.teacher is not None:
+        if config.kd_anchors:
             self.world.say(f"the teacher reads {config.kd_anchors:,} texts to compare with")
             objective.anchors = read(self.probabilities, config.kd_anchors)
 
@@ -463,7 +465,7 @@ def train_stage(config: TrainConfig, corpus: Corpus, out: pathlib.Path, world: W
     world.say(f"{title}: {origin}, {encoder / 1e6:.2f} M parameters + {run.model.embedding.weight.numel() / 1e6:.2f} M "
               f"embeddings, {len(corpus.languages)} languages, {config.steps} steps of {run.rows * run.batch_config.row_tokens:,} "
               f"tokens, {config.dtype} on {world.size} x {config.device}")
-    size, room = run.micro_batch_rows(), min(run.rows // world.size, config.micro_batch_tokens // run.batch_config.row_tokens)
+    size, room = run.micro_batch_rows()
     if 2 * size < room:
         row = run.batch_config.row_tokens
         world.say(f"--tokens-per-batch: {run.rows // world.size} rows a process divide into micro-batches of {size} alone, where {room} "

@@ -132,15 +132,6 @@ def describe(folder):
 
 
 def _write(path, text):
-    """Whole or not at all: a temporary file, then a rename."""
+    from files import write_atomically                   # here, because it imports torch: the text alone does without
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:                             # a full disk does not say where it was
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    write_atomically(path, [text.encode()])
