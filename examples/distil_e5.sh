@@ -100,20 +100,23 @@ student() {  # NAME, steps, options: train, or go on
 
 if [ ! -f "$out/steps" ]; then       # so many as one student with the teacher and three without make in two fifths of the time
     say "measuring the speed"
+    SECONDS=0                        # bash's clock: what the teacher reads before its first step (and `vectors` keep) counts, too
     for what in mlm all; do
         extra=("${neither[@]}")
-        [ $what = mlm ] || extra=("${adversary[@]}" "${distillation[@]}" --kd-neutral 0 --kd-anchors 0)   # read nothing beforehand
+        [ $what = mlm ] || extra=("${adversary[@]}" "${distillation[@]}" "${vectors[@]}")
         rm -rf "$out/speed-$what"
         python train.py "${recipe[@]}" --out "$out/speed-$what" --steps 16 --log-every 4 "${extra[@]}" > "$out/speed.log" \
             || { tail -n 3 "$out/speed.log" >&2; exit 1; }
         [ -f "$out/speed-$what/final/config.json" ] || exit 130
     done
-    python - "$minutes" "$out"/speed-{mlm,all}/metrics.jsonl > "$out/steps.new" <<'END'
+    python - "$minutes" $SECONDS "$out"/speed-{mlm,all}/metrics.jsonl > "$out/steps.new" <<'END'
 import json, sys
-speeds = [[r for r in map(json.loads, open(f)) if "tokens_per_second" in r][-1]["tokens_per_second"] for f in sys.argv[2:]]
-print(max(20, int(0.4 * 60 * float(sys.argv[1]) / (3 * 4096 / speeds[0] + 4096 / speeds[1]))))
+speeds = [[r for r in map(json.loads, open(f)) if "tokens_per_second" in r][-1]["tokens_per_second"] for f in sys.argv[3:]]
+left = 0.4 * 60 * float(sys.argv[1]) - float(sys.argv[2])
+print(max(20, int(left / (3 * 4096 / speeds[0] + 4096 / speeds[1]))))
 END
     mv "$out/steps.new" "$out/steps"
+    rm -rf "$out"/speed-{mlm,all} "$out/speed.log"
 fi
 steps=$(cat "$out/steps")
 student mlm "$steps" "${neither[@]}"
