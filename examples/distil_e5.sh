@@ -6,7 +6,8 @@
 #
 # Four students start from the same weights (8 layers of the teacher, pruned without training) and read the same batches: MLM alone,
 # with the adversary, with distillation, with both. Stages that are finished are not repeated: the same command goes on after a
-# stop. --minutes bounds all of this (a student has 20 steps at least); two fifths of it are pretraining. Every figure ends in OUT/reports and OUT/RESULTS.md.
+# stop. --minutes bounds all of this, down to 20 steps a student; two fifths of it are pretraining. Every figure ends in OUT/reports
+# and OUT/RESULTS.md.
 #   --evaluate  minutes for the evaluation of each student, when a twelfth of --minutes is too little for NER and QA to be learnt
 #   --long      after them a fifth student, healed first (25 minutes) and then trained for so many steps of 8,192 tokens: how near to
 #               the teacher? Not within --minutes
