@@ -589,7 +589,7 @@ def paper_plan(options: dict, gpus: int, gpu: str, tokens: float | None, vocab_s
 @click.option("--nproc", type=click.IntRange(1), help="Processes on this machine. [default: one a visible GPU]")
 @click.pass_context
 def main(ctx, out, resume, extend, nproc, ablate, on_paper, gpus, gpu, tokens, vocab_size, mfu, **options):
-    """Train a UniBERT. Without options: the embedded atlas, first a teacher, then the student, in three minutes.
+    """Train a UniBERT. Without options: the embedded atlas, first a teacher, then the student, in a few minutes.
 
     The defaults below are those for --data; the atlas has a small recipe of its own (ATLAS_RECIPE in options.py).
     """
